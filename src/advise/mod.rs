@@ -1,0 +1,1 @@
+//! Warnings about hyperparameters and overfitting: each a small pure rule with its source.

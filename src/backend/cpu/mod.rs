@@ -1,0 +1,1 @@
+//! The CPU engine: the reference, and the engine of last resort.

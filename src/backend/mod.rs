@@ -1,0 +1,72 @@
+//! Engines: each runs the programs of a plan on one kind of device.
+//!
+//! `cpu` is plain Rust and the reference; `wgpu` runs the WGSL in `shaders/`; `cuda` the CUDA C++ in `kernels/`.
+
+pub mod cpu;
+
+use crate::program::{BufferId, DType, Plan};
+
+/// What can go wrong on a device. After any error but [`EngineError::Unsupported`] the session is dead.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("{engine} cannot run this: {what}")]
+    Unsupported { engine: &'static str, what: String },
+    #[error("{engine} ran out of memory: {what}")]
+    OutOfMemory { engine: &'static str, what: String },
+    #[error("{engine} failed: {what}")]
+    Device { engine: &'static str, what: String },
+    #[error("weight {name}: {what}")]
+    Weight { name: String, what: String },
+}
+
+/// A tensor as it lies in the checkpoint.
+pub struct Tensor<'a> {
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    /// Row-major, little-endian.
+    pub bytes: &'a [u8],
+}
+
+/// Where an engine gets the weights from: usually memory-mapped safetensors files.
+pub trait WeightSource: Send + Sync {
+    /// The tensor of a [`Kind::Weight`](crate::program::Kind::Weight) buffer, by the buffer's name.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>, EngineError>;
+}
+
+/// A program's operations on an open device. Buffers are addressed by the ids of the plan's workload.
+pub trait Session {
+    fn plan(&self) -> &Plan;
+
+    /// Writes a whole buffer in its storage type (never a quantized one).
+    fn write(&mut self, buffer: BufferId, bytes: &[u8]) -> Result<(), EngineError>;
+
+    /// Reads a whole buffer in its storage type, after all work so far. A transient buffer holds what the last
+    /// program left there, as long as nothing else has taken its place.
+    fn read(&mut self, buffer: BufferId, bytes: &mut [u8]) -> Result<(), EngineError>;
+
+    /// Runs a program; may return before the device is done.
+    fn run(&mut self, program: usize) -> Result<(), EngineError>;
+
+    /// Runs some of a program's operations one after the other, without any graph.
+    fn run_steps(&mut self, program: usize, steps: std::ops::Range<usize>) -> Result<(), EngineError>;
+
+    /// Waits for the device.
+    fn synchronize(&mut self) -> Result<(), EngineError>;
+
+    /// Bytes that the session holds on the device, as the engine counts them.
+    fn allocated_bytes(&self) -> u64;
+}
+
+/// Reads a buffer of 4-byte elements.
+pub fn read_values<T: bytemuck::Pod + Default>(
+    session: &mut dyn Session,
+    buffer: BufferId,
+) -> Result<Vec<T>, EngineError> {
+    let elements = session.plan().workload.buffer(buffer).elements();
+    let mut values = vec![T::default(); elements];
+    session.read(buffer, bytemuck::cast_slice_mut(&mut values))?;
+    Ok(values)
+}

@@ -1,0 +1,34 @@
+//! Data: read, normalise to messages, render the template, tokenize with a label mask, pack.
+
+/// A tokenized example.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    pub input_ids: Vec<u32>,
+    /// The token itself where it is trained on, -100 where it is not. Unshifted, as in Transformers.
+    pub labels: Vec<i32>,
+    /// Weight of each token's loss when it is the target; empty for 1 everywhere.
+    pub weights: Vec<f32>,
+    /// Where it came from, counted from 0 in the source.
+    pub source: usize,
+}
+
+/// Rows laid end to end in one of the program's sizes; the arrays are what the program's inputs hold.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MicroBatch {
+    /// Tokens of the program it is for; every array has this length.
+    pub size: usize,
+    pub ids: Vec<i32>,
+    /// Position in the document.
+    pub positions: Vec<i32>,
+    pub document_start: Vec<i32>,
+    pub document_end: Vec<i32>,
+    /// The next token of the document where that is labelled, else -100.
+    pub targets: Vec<i32>,
+    pub token_weights: Vec<f32>,
+    /// Targets that are not -100, weighted or not.
+    pub label_tokens: usize,
+    /// Tokens that no row filled; a document of its own without labels.
+    pub padding: usize,
+    /// Which of the rows given are in it.
+    pub rows: Vec<usize>,
+}

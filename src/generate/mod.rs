@@ -1,0 +1,1 @@
+//! Prefill and decode programs driven to text: sampling and chat.

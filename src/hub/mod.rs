@@ -1,0 +1,1 @@
+//! Models and datasets: local folders, the Hugging Face cache, the hub.

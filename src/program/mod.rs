@@ -1,0 +1,102 @@
+//! A training step as data: buffers, operations, programs, and the plan made of them.
+//!
+//! A [`Workload`] is a table of buffers and a few [`Program`]s over it. Builders in `model/` write it, `plan`
+//! lays it out in memory, engines in `backend/` run it. Nothing here knows a model or a device.
+
+mod access;
+mod buffer;
+mod build;
+mod op;
+pub mod plan;
+pub mod random;
+mod target;
+
+pub use buffer::{Buffer, BufferId, Columns, DType, Kind};
+pub use build::WorkloadBuilder;
+pub use op::{
+    Access, Activation, AdamWPart, AttentionShape, Direction, Dropout, Lora, LoraBackward, Op, Projection,
+    ProjectionBackward,
+};
+pub use plan::{Placement, Plan, PlanError};
+pub use target::{Rates, Target};
+
+use serde::Serialize;
+
+/// What a program is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Forward and backward of one micro-batch, accumulating gradients.
+    Micro,
+    /// Gradient norm, clipping, optimizer; gradients are zero afterwards.
+    Update,
+    /// Forward and loss of one micro-batch, no gradients.
+    Evaluate,
+    /// Many tokens of one sequence through the key-value cache.
+    Prefill,
+    /// One token of one sequence.
+    Decode,
+}
+
+/// An operation with a stable name (`layers.3.attn.qkv`), the same wherever it stands in the list.
+#[derive(Clone, Debug, Serialize)]
+pub struct Step {
+    pub name: String,
+    #[serde(flatten)]
+    pub op: Op,
+}
+
+/// A static list of operations over static shapes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Program {
+    /// `micro.1024`, `update`, `decode`.
+    pub name: String,
+    pub role: Role,
+    /// Rows of the program's inputs; 0 for `update`.
+    pub tokens: usize,
+    pub steps: Vec<Step>,
+}
+
+/// Programs over one table of buffers.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Workload {
+    pub buffers: Vec<Buffer>,
+    pub programs: Vec<Program>,
+    /// Contents of [`Kind::Constant`] buffers.
+    #[serde(skip)]
+    pub constants: Vec<(BufferId, Vec<f32>)>,
+}
+
+impl Workload {
+    pub fn buffer(&self, id: BufferId) -> &Buffer {
+        &self.buffers[id.index()]
+    }
+
+    pub fn find(&self, name: &str) -> Option<BufferId> {
+        self.buffers.iter().position(|buffer| buffer.name == name).map(|index| BufferId(index as u32))
+    }
+
+    /// Index of the program with this name.
+    pub fn program(&self, name: &str) -> Option<usize> {
+        self.programs.iter().position(|program| program.name == name)
+    }
+
+    /// Buffers of one kind, in table order.
+    pub fn of_kind(&self, kind: Kind) -> impl Iterator<Item = (BufferId, &Buffer)> {
+        self.buffers
+            .iter()
+            .enumerate()
+            .filter(move |(_, buffer)| buffer.kind == kind)
+            .map(|(index, buffer)| (BufferId(index as u32), buffer))
+    }
+}
+
+impl Program {
+    pub fn flops(&self, workload: &Workload) -> u64 {
+        self.steps.iter().map(|step| step.op.flops(workload)).sum()
+    }
+
+    pub fn bytes_moved(&self, workload: &Workload) -> u64 {
+        self.steps.iter().map(|step| step.op.bytes_moved(workload)).sum()
+    }
+}

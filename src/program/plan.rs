@@ -1,0 +1,237 @@
+//! Lays a workload out in memory and estimates its cost. Opens no device.
+//!
+//! Transient buffers live from the first operation that touches them to the last. Buffers whose lives overlap
+//! get disjoint ranges of an arena; all programs share the arena, so its size is the largest any of them needs.
+//! Placement is greedy by size (Pisarchyk & Lee 2020, arXiv 2001.03288): the largest buffer first, each at the
+//! lowest free offset; when a segment is full, the next is opened.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{BufferId, Kind, Op, Program, Role, Target, Workload};
+
+/// Where a buffer lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Placement {
+    /// Memory of its own for as long as the session lasts.
+    Own,
+    /// A byte range of an arena segment.
+    Arena { segment: usize, offset: u64 },
+}
+
+/// A workload laid out for a target.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub workload: Workload,
+    pub target: Target,
+    /// One entry a buffer.
+    pub placements: Vec<Placement>,
+    /// Bytes of each arena segment.
+    pub segments: Vec<u64>,
+    pub summary: Summary,
+}
+
+/// The figures that `tune plan` prints.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Bytes by kind. `activations` and `workspace` split the arena at the moment of its peak.
+    pub bytes: BTreeMap<&'static str, u64>,
+    /// Everything the plan takes on the device.
+    pub peak_bytes: u64,
+    pub programs: Vec<ProgramSummary>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct ProgramSummary {
+    pub name: String,
+    pub role: Role,
+    pub tokens: usize,
+    pub operations: usize,
+    pub flops: u64,
+    pub bytes_moved: u64,
+    /// Bytes of transient buffers alive at the worst moment.
+    pub arena_bytes: u64,
+    /// An estimate from the target's rates.
+    pub estimated_seconds: f64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error("{name} takes {bytes} bytes, more than the {limit} that one allocation may have on {target}")]
+    BufferTooLarge { name: String, bytes: u64, limit: u64, target: String },
+    #[error("the plan needs {needed} bytes, {target} has {available}")]
+    DoesNotFit { needed: u64, available: u64, target: String },
+}
+
+/// A transient buffer's life: indices of the first and last step that touch it.
+#[derive(Clone, Copy, Debug)]
+pub struct Life {
+    pub buffer: BufferId,
+    pub first: usize,
+    pub last: usize,
+}
+
+/// Lives of a program's transient buffers, in order of first use.
+pub fn lives(workload: &Workload, program: &Program) -> Vec<Life> {
+    let mut order: Vec<Life> = Vec::new();
+    let mut index = std::collections::HashMap::new();
+    for (step, entry) in program.steps.iter().enumerate() {
+        for (buffer, _) in entry.op.accesses() {
+            if !workload.buffer(buffer).kind.is_transient() {
+                continue;
+            }
+            let at = *index.entry(buffer).or_insert_with(|| {
+                order.push(Life { buffer, first: step, last: step });
+                order.len() - 1
+            });
+            order[at].last = step;
+        }
+    }
+    order
+}
+
+/// Lays `workload` out for `target`.
+///
+/// # Errors
+/// When a buffer is larger than an allocation may be, or the whole larger than the target's memory.
+pub fn plan(workload: Workload, target: Target) -> Result<Plan, PlanError> {
+    let mut placements = vec![Placement::Own; workload.buffers.len()];
+    let mut segments: Vec<u64> = Vec::new();
+    let mut bytes: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for buffer in workload.buffers.iter().filter(|buffer| !buffer.kind.is_transient()) {
+        *bytes.entry(buffer.kind.name()).or_default() += aligned(buffer.bytes(), target.alignment);
+    }
+    let mut programs = Vec::new();
+    let mut worst = (0, 0);
+    for program in &workload.programs {
+        let lives = lives(&workload, program);
+        place(&workload, &target, &lives, &mut placements, &mut segments)?;
+        let (activations, workspace) = peak(&workload, program, &lives);
+        if activations + workspace > worst.0 + worst.1 {
+            worst = (activations, workspace);
+        }
+        programs.push(ProgramSummary {
+            name: program.name.clone(),
+            role: program.role,
+            tokens: program.tokens,
+            operations: program.steps.len(),
+            flops: program.flops(&workload),
+            bytes_moved: program.bytes_moved(&workload),
+            arena_bytes: activations + workspace,
+            estimated_seconds: estimate(&workload, program, &target),
+        });
+    }
+    let arena: u64 = segments.iter().sum();
+    // What placement loses between buffers is counted as activations.
+    bytes.insert(Kind::Workspace.name(), worst.1 + target.library_workspace);
+    bytes.insert(Kind::Activation.name(), arena.saturating_sub(worst.1));
+    let peak_bytes = bytes.values().sum();
+    if let Some(available) = target.memory
+        && peak_bytes > available
+    {
+        return Err(PlanError::DoesNotFit { needed: peak_bytes, available, target: target.name });
+    }
+    let summary = Summary { bytes, peak_bytes, programs };
+    Ok(Plan { workload, target, placements, segments, summary })
+}
+
+/// Seconds that a program should take: each operation the longer of its arithmetic and its memory traffic.
+pub fn estimate(workload: &Workload, program: &Program, target: &Target) -> f64 {
+    program.steps.iter().map(|step| estimate_op(workload, &step.op, target)).sum()
+}
+
+/// Seconds that an operation should take on the target: the longer of arithmetic and memory traffic.
+pub fn estimate_op(workload: &Workload, op: &Op, target: &Target) -> f64 {
+    let attention = matches!(op, Op::Attention { .. } | Op::AttentionBackward { .. } | Op::CachedAttention { .. });
+    let rate = if attention { target.rates.attention_flops } else { target.rates.flops };
+    let arithmetic = op.flops(workload) as f64 / rate;
+    let memory = op.bytes_moved(workload) as f64 / target.rates.bandwidth;
+    arithmetic.max(memory) + target.rates.per_op
+}
+
+fn aligned(bytes: u64, alignment: u64) -> u64 {
+    bytes.next_multiple_of(alignment)
+}
+
+/// Activation and workspace bytes alive at the program's worst step.
+fn peak(workload: &Workload, program: &Program, lives: &[Life]) -> (u64, u64) {
+    let mut change = vec![(0i64, 0i64); program.steps.len() + 1];
+    for life in lives {
+        let buffer = workload.buffer(life.buffer);
+        let bytes = buffer.bytes() as i64;
+        let (add, remove) = (life.first, life.last + 1);
+        if buffer.kind == Kind::Workspace {
+            change[add].1 += bytes;
+            change[remove].1 -= bytes;
+        } else {
+            change[add].0 += bytes;
+            change[remove].0 -= bytes;
+        }
+    }
+    let (mut now, mut worst) = ((0, 0), (0, 0));
+    for (activations, workspace) in change {
+        now = (now.0 + activations, now.1 + workspace);
+        if now.0 + now.1 > worst.0 + worst.1 {
+            worst = now;
+        }
+    }
+    (worst.0 as u64, worst.1 as u64)
+}
+
+fn place(
+    workload: &Workload,
+    target: &Target,
+    lives: &[Life],
+    placements: &mut [Placement],
+    segments: &mut Vec<u64>,
+) -> Result<(), PlanError> {
+    let size = |life: &Life| aligned(workload.buffer(life.buffer).bytes().max(1), target.alignment);
+    let mut order: Vec<&Life> = lives.iter().collect();
+    order.sort_by_key(|life| (std::cmp::Reverse(size(life)), life.first, life.buffer));
+    // Placed so far, a list a segment: (life, offset, bytes).
+    let mut placed: Vec<Vec<(Life, u64, u64)>> = Vec::new();
+    for life in order {
+        let bytes = size(life);
+        if bytes > target.largest_segment {
+            return Err(PlanError::BufferTooLarge {
+                name: workload.buffer(life.buffer).name.clone(),
+                bytes,
+                limit: target.largest_segment,
+                target: target.name.clone(),
+            });
+        }
+        let found = placed.iter().enumerate().find_map(|(segment, taken)| {
+            lowest_gap(taken, life, bytes, target.largest_segment).map(|offset| (segment, offset))
+        });
+        let (segment, offset) = found.unwrap_or_else(|| {
+            placed.push(Vec::new());
+            (placed.len() - 1, 0)
+        });
+        let taken = &mut placed[segment];
+        let at = taken.partition_point(|entry| entry.1 <= offset);
+        taken.insert(at, (*life, offset, bytes));
+        if segments.len() <= segment {
+            segments.push(0);
+        }
+        segments[segment] = segments[segment].max(offset + bytes);
+        placements[life.buffer.index()] = Placement::Arena { segment, offset };
+    }
+    Ok(())
+}
+
+/// Lowest offset at which `bytes` fit beside the buffers that live at the same time. `taken` is by offset.
+fn lowest_gap(taken: &[(Life, u64, u64)], life: &Life, bytes: u64, limit: u64) -> Option<u64> {
+    let mut offset = 0;
+    for (other, start, size) in taken {
+        if other.last < life.first || life.last < other.first {
+            continue;
+        }
+        if offset + bytes <= *start {
+            break;
+        }
+        offset = offset.max(start + size);
+    }
+    (offset + bytes <= limit).then_some(offset)
+}

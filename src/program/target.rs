@@ -1,0 +1,44 @@
+//! A device as plain data: enough to plan for it without opening it.
+
+use serde::{Deserialize, Serialize};
+
+use super::DType;
+
+/// Measured speeds, for time estimates.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Rates {
+    /// Matrix products, floating-point operations per second.
+    pub flops: f64,
+    /// Attention, floating-point operations per second.
+    pub attention_flops: f64,
+    /// Device memory, bytes per second.
+    pub bandwidth: f64,
+    /// Fixed cost of one operation, seconds.
+    pub per_op: f64,
+}
+
+/// The limits and wishes of an engine on a device.
+#[derive(Clone, Debug, Serialize)]
+pub struct Target {
+    /// Shown to the user: `CPU, 2 threads`, `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// `cpu`, `wgpu` or `cuda`.
+    pub engine: &'static str,
+    /// Bytes a plan may use; none when only the machine's memory limits it.
+    pub memory: Option<u64>,
+    /// Largest arena segment, bytes.
+    pub largest_segment: u64,
+    /// Alignment of every placement, bytes.
+    pub alignment: u64,
+    /// Type of activations and their gradients.
+    pub compute: DType,
+    /// Type of trainable parameters in full fine-tuning.
+    pub trainable: DType,
+    /// Micro-batch sizes, ascending, as multiples to choose from.
+    pub micro_sizes: Vec<usize>,
+    pub rates: Rates,
+    /// Workspace that libraries take beside the arena, bytes.
+    pub library_workspace: u64,
+    /// Most bytes that the logits of one head chunk may take.
+    pub logits_bytes: u64,
+}
