@@ -74,6 +74,8 @@ pub enum Kind {
     Cache,
     /// Written by the host before a program runs: token ids, positions, targets.
     Input,
+    /// Read by the host after a program ran: logits, losses.
+    Output,
     /// A few numbers: learning rate, loss, norms, random seed.
     Scalar,
     /// A table fixed when the workload is built, such as rotary frequencies.
@@ -98,6 +100,7 @@ impl Kind {
             Kind::Optimizer => "optimizer",
             Kind::Cache => "cache",
             Kind::Input => "inputs",
+            Kind::Output => "outputs",
             Kind::Scalar => "scalars",
             Kind::Constant => "constants",
             Kind::Activation => "activations",
