@@ -1,1 +1,5 @@
 //! The training loop, schedules, checkpoints, methods.
+
+pub mod controls;
+
+pub use controls::{Controls, Recorder};
