@@ -66,6 +66,10 @@ pub struct DataSpec {
     pub too_long: TooLong,
     pub packing: bool,
     pub loss_on: LossOn,
+    /// Leaves out training rows that repeat an earlier one.
+    pub drop_duplicates: bool,
+    /// Leaves out training rows that are evaluation rows too.
+    pub drop_shared: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,6 +201,8 @@ impl Default for DataSpec {
             too_long: TooLong::Truncate,
             packing: true,
             loss_on: LossOn::Responses,
+            drop_duplicates: false,
+            drop_shared: false,
         }
     }
 }
