@@ -1,0 +1,94 @@
+// What every kernel shares: bf16 conversions, asynchronous copies and tensor-core instructions, as PTX.
+//
+// Kernels are compiled by NVRTC on machines that have a driver and NVRTC but no toolkit, so nothing here (or in any
+// kernel) includes a toolkit header. bf16 values are stored as `bf16` (16 bits) and computed with as f32.
+// Everything needs sm_80 or newer.
+#pragma once
+
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE static __device__ __forceinline__
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// Two f32 to two bf16, rounded to nearest even; `low` lands in the low half (the lower address).
+DEVICE u32 pack_bf16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+DEVICE bf16 to_bf16(float value) { return (bf16)(pack_bf16(value, 0.0f) & 0xffffu); }
+DEVICE float from_bf16(bf16 value) { return __uint_as_float((u32)value << 16); }
+DEVICE float low_bf16(u32 packed) { return __uint_as_float(packed << 16); }
+DEVICE float high_bf16(u32 packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+// 2^x, relative error 2^-22 (PTX ISA, ex2.approx).
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// tanh(x) = 1 - 2 / (1 + e^2x): absolute error about 1e-7, where tanh.approx has 5e-4.
+DEVICE float tanh_fast(float x) { return 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(2.0f * LOG2_E * x)); }
+
+// Address in the shared window, as the asynchronous copies and matrix loads take it.
+DEVICE u32 shared_address(const void* pointer) {
+    u64 address;
+    asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"((u64)pointer));
+    return (u32)address;
+}
+
+// 16 bytes from global to shared memory, past L1; zeros where `valid` is false (nothing is read then).
+DEVICE void copy_async_16(u32 shared, const void* global, bool valid) {
+    u32 bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `pending` of this thread's committed groups are under way.
+template <int pending>
+DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 give the row addresses of matrix i.
+DEVICE void load_matrix_x4(u32 (&d)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+DEVICE void load_matrix_x4_transposed(u32 (&d)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// d[16, 8] += a[16, 16] b[16, 8], bf16 with f32 accumulation. Lane l holds, with r = l / 4 and c = 2 (l % 4):
+// d: (r, c) (r, c+1) (r+8, c) (r+8, c+1); a: (r, c..) (r+8, c..) (r, c+8..) (r+8, c+8..); b: (c.., r) (c+8.., r).
+DEVICE void multiply_16x8x16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
