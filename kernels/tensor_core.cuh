@@ -1,30 +1,10 @@
-// What every kernel shares: bf16 conversions, asynchronous copies and tensor-core instructions, as PTX.
-//
-// Kernels are compiled by NVRTC on machines that have a driver and NVRTC but no toolkit, so nothing here (or in any
-// kernel) includes a toolkit header. bf16 values are stored as `bf16` (16 bits) and computed with as f32.
-// Everything needs sm_80 or newer.
-#pragma once
-
-typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// Tensor-core instructions, matrix loads and asynchronous copies of sm_80 and newer, as PTX. Prepended after
+// prelude.cuh to the kernels that multiply matrices themselves.
 
 #define DEVICE static __device__ __forceinline__
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
-
-// Two f32 to two bf16, rounded to nearest even; `low` lands in the low half (the lower address).
-DEVICE u32 pack_bf16(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-DEVICE bf16 to_bf16(float value) { return (bf16)(pack_bf16(value, 0.0f) & 0xffffu); }
-DEVICE float from_bf16(bf16 value) { return __uint_as_float((u32)value << 16); }
-DEVICE float low_bf16(u32 packed) { return __uint_as_float(packed << 16); }
-DEVICE float high_bf16(u32 packed) { return __uint_as_float(packed & 0xffff0000u); }
 
 // 2^x, relative error 2^-22 (PTX ISA, ex2.approx).
 DEVICE float exp2_fast(float x) {
