@@ -1,0 +1,230 @@
+//! The pieces that every family's builder is made of: weights, inputs, projections with their backward pass.
+
+use std::collections::BTreeSet;
+
+use super::ModelConfig;
+use super::names::Module;
+use crate::program::{
+    BufferId, Columns, DType, Dropout, Kind, Lora, LoraBackward, Op, Projection, ProjectionBackward, Target,
+    WorkloadBuilder, random,
+};
+
+/// LoRA on some of the projections.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterOptions {
+    pub rank: usize,
+    /// Names such as `q_proj`.
+    pub targets: BTreeSet<String>,
+    pub dropout: f32,
+}
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trained {
+    Nothing,
+    Adapter,
+    Weights,
+}
+
+/// A workload under construction for one model.
+pub(super) struct Graph<'a> {
+    pub builder: WorkloadBuilder,
+    pub config: &'a ModelConfig,
+    /// Type of activations.
+    pub compute: DType,
+    /// Type in which the weights are held.
+    pub weights: DType,
+    pub adapter: Option<&'a AdapterOptions>,
+    pub trained: Trained,
+}
+
+/// The inputs of a program, shared by all programs of that many tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs {
+    pub tokens: usize,
+    pub ids: BufferId,
+    pub positions: BufferId,
+    pub document_start: BufferId,
+    pub document_end: BufferId,
+    pub targets: BufferId,
+    pub token_weights: BufferId,
+    pub losses: BufferId,
+}
+
+/// Projections that share an input, as the forward pass left them.
+#[derive(Clone)]
+pub(super) struct LinearGroup {
+    name: String,
+    pub output: BufferId,
+    modules: Vec<Module>,
+    /// `[T, rank · adapted projections]`.
+    middle: Option<BufferId>,
+}
+
+impl<'a> Graph<'a> {
+    pub fn new(
+        config: &'a ModelConfig,
+        target: &Target,
+        weights: DType,
+        adapter: Option<&'a AdapterOptions>,
+        trained: Trained,
+    ) -> Self {
+        Self { builder: WorkloadBuilder::new(), config, compute: target.compute, weights, adapter, trained }
+    }
+
+    pub fn scalar(&mut self, name: &str, elements: usize, dtype: DType) -> BufferId {
+        self.builder.persistent(name, &[elements], dtype, Kind::Scalar)
+    }
+
+    /// A tensor of the checkpoint. Only matrices of projections are ever quantized.
+    pub fn weight(&mut self, name: &str, shape: &[usize], quantizable: bool) -> BufferId {
+        let dtype = if self.weights.is_quantized() && !quantizable { self.config.dtype } else { self.weights };
+        self.builder.persistent(name, shape, dtype, Kind::Weight)
+    }
+
+    /// The gradient of a trained weight, where weights are trained.
+    pub fn weight_gradient(&mut self, name: &str, shape: &[usize]) -> Option<BufferId> {
+        (self.trained == Trained::Weights)
+            .then(|| self.builder.persistent(&format!("{name}.grad"), shape, DType::F32, Kind::Gradient))
+    }
+
+    pub fn inputs(&mut self, tokens: usize) -> Inputs {
+        let mut input = |part: &str, dtype: DType, kind: Kind| {
+            self.builder.persistent(&format!("inputs.{tokens}.{part}"), &[tokens], dtype, kind)
+        };
+        Inputs {
+            tokens,
+            ids: input("ids", DType::I32, Kind::Input),
+            positions: input("positions", DType::I32, Kind::Input),
+            document_start: input("document_start", DType::I32, Kind::Input),
+            document_end: input("document_end", DType::I32, Kind::Input),
+            targets: input("targets", DType::I32, Kind::Input),
+            token_weights: input("token_weights", DType::F32, Kind::Input),
+            losses: input("losses", DType::F32, Kind::Output),
+        }
+    }
+
+    /// An activation `[tokens, columns]` in the compute type.
+    pub fn activation(&mut self, name: &str, tokens: usize, columns: usize) -> BufferId {
+        self.builder.activation(name, &[tokens, columns], self.compute)
+    }
+
+    pub fn workspace(&mut self, name: &str, shape: &[usize], dtype: DType) -> BufferId {
+        self.builder.transient(name, shape, dtype, Kind::Workspace)
+    }
+
+    pub fn rows(&self, buffer: BufferId) -> usize {
+        self.builder.buffer(buffer).rows()
+    }
+
+    fn rank(&self, module: &Module) -> Option<usize> {
+        self.adapter.filter(|adapter| adapter.targets.contains(module.projection())).map(|adapter| adapter.rank)
+    }
+
+    /// A LoRA matrix as the products read it: the f32 original, or its copy in the compute type.
+    fn lora_matrix(&mut self, name: &str, shape: &[usize]) -> BufferId {
+        let original = self.builder.persistent(name, shape, DType::F32, Kind::Adapter);
+        if self.compute == DType::F32 {
+            return original;
+        }
+        self.builder.persistent(&format!("{name}.compute"), shape, self.compute, Kind::Adapter)
+    }
+
+    fn lora_gradient(&mut self, name: &str, shape: &[usize]) -> BufferId {
+        self.builder.persistent(&format!("{name}.grad"), shape, DType::F32, Kind::Gradient)
+    }
+
+    fn dropout(&mut self, module: &Module) -> Option<Dropout> {
+        let probability = self.adapter.map_or(0.0, |adapter| adapter.dropout);
+        let trains = self.trained == Trained::Adapter;
+        (trains && probability > 0.0).then(|| Dropout {
+            probability,
+            key: self.scalar("random_key", 4, DType::U32),
+            stream: random::stream(&module.path),
+        })
+    }
+
+    /// Emits projections that share `input`; their outputs lie side by side in one new buffer.
+    /// `training`: whether dropout is on.
+    pub fn linear(&mut self, name: &str, input: BufferId, modules: Vec<Module>, training: bool) -> LinearGroup {
+        let tokens = self.rows(input);
+        let width: usize = modules.iter().map(|module| module.outputs).sum();
+        let output = self.activation(name, tokens, width);
+        let ranks: usize = modules.iter().filter_map(|module| self.rank(module)).sum();
+        let middle = (ranks > 0).then(|| self.activation(&format!("{name}.lora"), tokens, ranks));
+        let mut projections = Vec::new();
+        let (mut column, mut rank_column) = (0, 0);
+        for module in &modules {
+            let weight = self.weight(&module.weight(), &[module.outputs, module.inputs], true);
+            let bias = module.bias.then(|| self.weight(&module.bias(), &[module.outputs], false));
+            let lora = self.rank(module).zip(middle).map(|(rank, buffer)| {
+                let lora = Lora {
+                    a: self.lora_matrix(&module.lora_a(), &[rank, module.inputs]),
+                    b: self.lora_matrix(&module.lora_b(), &[module.outputs, rank]),
+                    middle: Columns { buffer, start: rank_column, width: rank },
+                    scale: self.scalar("lora_scale", 1, DType::F32),
+                    dropout: if training { self.dropout(module) } else { None },
+                };
+                rank_column += rank;
+                lora
+            });
+            let output = Columns { buffer: output, start: column, width: module.outputs };
+            projections.push(Projection { weight, bias, output, lora });
+            column += module.outputs;
+        }
+        self.builder.push(name, Op::Linear { input, projections });
+        LinearGroup { name: name.to_string(), output, modules, middle }
+    }
+
+    /// Emits the backward pass of a group. `input` is the forward input (recomputed perhaps); returns its gradient
+    /// when `need_input`.
+    pub fn linear_backward(
+        &mut self,
+        group: &LinearGroup,
+        input: BufferId,
+        grad_output: BufferId,
+        need_input: bool,
+    ) -> Option<BufferId> {
+        let tokens = self.rows(input);
+        let name = format!("{}.backward", group.name);
+        let columns = self.builder.buffer(input).columns();
+        let grad_input = need_input.then(|| self.activation(&format!("{}.grad_input", group.name), tokens, columns));
+        let grad_middle = group.middle.map(|middle| {
+            let ranks = self.builder.buffer(middle).columns();
+            self.workspace(&format!("{}.grad_lora", group.name), &[tokens, ranks], self.compute)
+        });
+        let mut projections = Vec::new();
+        let (mut column, mut rank_column) = (0, 0);
+        for module in &group.modules {
+            let shape = [module.outputs, module.inputs];
+            let weight = self.weight(&module.weight(), &shape, true);
+            let grad_weight = self.weight_gradient(&module.weight(), &shape);
+            let grad_bias = if module.bias { self.weight_gradient(&module.bias(), &[module.outputs]) } else { None };
+            let buffers = group.middle.zip(grad_middle);
+            let lora = self.rank(module).zip(buffers).map(|(rank, (middle, grad_middle))| {
+                let (shape_a, shape_b) = ([rank, module.inputs], [module.outputs, rank]);
+                let lora = LoraBackward {
+                    a: self.lora_matrix(&module.lora_a(), &shape_a),
+                    b: self.lora_matrix(&module.lora_b(), &shape_b),
+                    middle: Columns { buffer: middle, start: rank_column, width: rank },
+                    grad_middle: Columns { buffer: grad_middle, start: rank_column, width: rank },
+                    grad_a: self.lora_gradient(&module.lora_a(), &shape_a),
+                    grad_b: self.lora_gradient(&module.lora_b(), &shape_b),
+                    scale: self.scalar("lora_scale", 1, DType::F32),
+                    dropout: self.dropout(module),
+                };
+                rank_column += rank;
+                lora
+            });
+            let grad_output = Columns { buffer: grad_output, start: column, width: module.outputs };
+            column += module.outputs;
+            projections.push(ProjectionBackward { weight, grad_output, grad_weight, grad_bias, lora });
+        }
+        // Without an input gradient, an adapter or trained weights there is nothing to do.
+        let trains = projections.iter().any(|p| p.grad_weight.is_some() || p.lora.is_some());
+        if grad_input.is_some() || trains {
+            self.builder.push(&name, Op::LinearBackward { input, grad_input, projections });
+        }
+        grad_input
+    }
+}

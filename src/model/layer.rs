@@ -1,0 +1,251 @@
+//! A decoder layer of the Llama kind, forward and backward side by side:
+//!
+//! ```text
+//! x1 = x + delta          n1 = norm(x1)   qkv = rope(linear(n1))   a = attention(qkv)   o = linear(a)
+//! x2 = x1 + o             n2 = norm(x2)   gu = linear(n2)          s = glu(gu)          d = linear(s)
+//! ```
+//!
+//! `delta` is the MLP's output of the layer before, added by the norm that reads it. The layer gives `(x2, d)`.
+
+use super::build::{Graph, Inputs, LinearGroup};
+use super::names::{self, LayerModules};
+use super::training::Recompute;
+use crate::program::{AttentionShape, BufferId, Columns, DType, Direction, Kind, Op};
+
+/// The stream between layers: the residual and what the next norm adds to it.
+#[derive(Clone, Copy)]
+pub(super) struct Stream {
+    pub residual: BufferId,
+    pub delta: Option<BufferId>,
+}
+
+/// A norm's result and what its backward pass reads.
+#[derive(Clone, Copy)]
+pub(super) struct Norm {
+    /// Input with the delta added.
+    pub sum: BufferId,
+    pub output: BufferId,
+    pub inverse_rms: BufferId,
+}
+
+/// What the backward pass of a layer reads.
+pub(super) struct Saved {
+    norm1: Norm,
+    qkv: LinearGroup,
+    attention: BufferId,
+    log_sum_exp: BufferId,
+    output: LinearGroup,
+    norm2: Norm,
+    gate_up: LinearGroup,
+    glu: BufferId,
+    down: Option<LinearGroup>,
+}
+
+/// How attention reaches its keys and values.
+#[derive(Clone, Copy)]
+pub(super) enum Keys {
+    /// Those of the micro-batch, within documents.
+    Documents(Inputs),
+    /// A cache of `capacity` positions; `start` of them are filled.
+    Cache { positions: BufferId, start: BufferId, capacity: usize },
+}
+
+impl Keys {
+    fn positions(self) -> BufferId {
+        match self {
+            Keys::Documents(inputs) => inputs.positions,
+            Keys::Cache { positions, .. } => positions,
+        }
+    }
+}
+
+impl Graph<'_> {
+    pub fn attention_shape(&self, layer: usize) -> AttentionShape {
+        AttentionShape {
+            heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim,
+            scale: 1.0 / (self.config.head_dim as f32).sqrt(),
+            window: self.config.windows[layer],
+            softcap: None,
+        }
+    }
+
+    /// `norm(stream)` with the weight of that name; the sum is stored when there is a delta.
+    pub fn norm(&mut self, name: &str, weight: &str, stream: Stream) -> Norm {
+        let tokens = self.rows(stream.residual);
+        let hidden = self.config.hidden_size;
+        let sum = stream.delta.map(|_| self.activation(&format!("{name}.sum"), tokens, hidden));
+        let output = self.activation(name, tokens, hidden);
+        let inverse_rms = self.builder.activation(&format!("{name}.inverse_rms"), &[tokens], DType::F32);
+        let weight = self.weight(weight, &[hidden], false);
+        let op = Op::RmsNorm {
+            input: stream.residual,
+            residual: stream.delta,
+            sum,
+            weight,
+            output,
+            inverse_rms,
+            epsilon: self.config.norm_epsilon,
+            weight_offset: 0.0,
+        };
+        self.builder.push(name, op);
+        Norm { sum: sum.unwrap_or(stream.residual), output, inverse_rms }
+    }
+
+    /// Gradient of a norm's sum from that of its output and that which reaches the sum past the norm.
+    pub fn norm_backward(
+        &mut self,
+        name: &str,
+        weight_name: &str,
+        norm: Norm,
+        grad_output: BufferId,
+        residual_grad: Option<BufferId>,
+    ) -> BufferId {
+        let tokens = self.rows(norm.sum);
+        let hidden = self.config.hidden_size;
+        let grad_input = self.activation(&format!("{name}.grad_input"), tokens, hidden);
+        let op = Op::RmsNormBackward {
+            grad_output,
+            input: norm.sum,
+            weight: self.weight(weight_name, &[hidden], false),
+            inverse_rms: norm.inverse_rms,
+            residual_grad,
+            grad_input,
+            grad_weight: self.weight_gradient(weight_name, &[hidden]),
+            weight_offset: 0.0,
+        };
+        self.builder.push(&format!("{name}.backward"), op);
+        grad_input
+    }
+
+    fn rope(&mut self, name: &str, qkv: BufferId, positions: BufferId, direction: Direction) {
+        let head_dim = self.config.head_dim;
+        let inverse_frequency =
+            self.builder.constant("rope.inverse_frequency", &self.config.rope.inverse_frequencies(head_dim));
+        let width = (self.config.heads + self.config.kv_heads) * head_dim;
+        let op = Op::Rope {
+            tensor: Columns { buffer: qkv, start: 0, width },
+            positions,
+            inverse_frequency,
+            head_dim,
+            rotary_dim: head_dim,
+            scale: 1.0,
+            direction,
+        };
+        self.builder.push(name, op);
+    }
+
+    /// The layer's forward pass. `last`: whether the down projection is needed (a recomputation stops before).
+    pub fn layer(&mut self, layer: usize, stream: Stream, keys: Keys, training: bool, last: bool) -> (Stream, Saved) {
+        let name = format!("layers.{layer}");
+        let modules = LayerModules::new(self.config, layer);
+        let shape = self.attention_shape(layer);
+        let norm1 = self.norm(&format!("{name}.norm1"), &names::input_norm(layer), stream);
+        let qkv = self.linear(&format!("{name}.attn.qkv"), norm1.output, modules.qkv, training);
+        self.rope(&format!("{name}.attn.rope"), qkv.output, keys.positions(), Direction::Forward);
+        let tokens = self.rows(norm1.output);
+        let attention = self.activation(&format!("{name}.attn"), tokens, shape.query_columns());
+        let log_sum_exp =
+            self.builder.activation(&format!("{name}.attn.log_sum_exp"), &[tokens, shape.heads], DType::F32);
+        let op = match keys {
+            Keys::Documents(inputs) => Op::Attention {
+                qkv: qkv.output,
+                document_start: inputs.document_start,
+                document_end: inputs.document_end,
+                output: attention,
+                log_sum_exp,
+                shape,
+            },
+            Keys::Cache { start, capacity, .. } => {
+                let mut cache = |part: &str| {
+                    let size = [capacity, shape.kv_columns()];
+                    self.builder.persistent(&format!("{name}.cache.{part}"), &size, self.compute, Kind::Cache)
+                };
+                let (cache_key, cache_value) = (cache("key"), cache("value"));
+                Op::CachedAttention { qkv: qkv.output, cache_key, cache_value, start, output: attention, shape }
+            }
+        };
+        self.builder.push(&format!("{name}.attn"), op);
+        let output = self.linear(&format!("{name}.attn.out"), attention, modules.output, training);
+        let middle = Stream { residual: norm1.sum, delta: Some(output.output) };
+        let norm2 = self.norm(&format!("{name}.norm2"), &names::post_attention_norm(layer), middle);
+        let gate_up = self.linear(&format!("{name}.mlp.gate_up"), norm2.output, modules.gate_up, training);
+        let glu = self.glu(&format!("{name}.mlp.glu"), gate_up.output);
+        let down = last.then(|| self.linear(&format!("{name}.mlp.down"), glu, modules.down, training));
+        let stream = Stream { residual: norm2.sum, delta: down.as_ref().map(|down| down.output) };
+        (stream, Saved { norm1, qkv, attention, log_sum_exp, output, norm2, gate_up, glu, down })
+    }
+
+    fn glu(&mut self, name: &str, gate_up: BufferId) -> BufferId {
+        let tokens = self.rows(gate_up);
+        let output = self.activation(name, tokens, self.config.intermediate_size);
+        self.builder.push(name, Op::Glu { gate_up, output, activation: self.config.activation });
+        output
+    }
+
+    /// The layer's backward pass: from the gradient of its stream (the same for residual and delta) to that of the
+    /// stream it was given, or none when `need_input` is false.
+    pub fn layer_backward(
+        &mut self,
+        layer: usize,
+        mut saved: Saved,
+        gradient: BufferId,
+        inputs: Inputs,
+        recompute: Recompute,
+        need_input: bool,
+    ) -> Option<BufferId> {
+        let name = format!("layers.{layer}");
+        let down = saved.down.take().expect("the forward pass went to the end");
+        match recompute {
+            Recompute::None => {}
+            Recompute::Cheap => {
+                let again = |sum| Stream { residual: sum, delta: None };
+                saved.norm1 =
+                    self.norm(&format!("{name}.norm1.again"), &names::input_norm(layer), again(saved.norm1.sum));
+                let weight = names::post_attention_norm(layer);
+                saved.norm2 = self.norm(&format!("{name}.norm2.again"), &weight, again(saved.norm2.sum));
+                saved.glu = self.glu(&format!("{name}.mlp.glu.again"), saved.gate_up.output);
+            }
+            Recompute::All => {
+                let stream = Stream { residual: saved.norm1.sum, delta: None };
+                saved = self.layer(layer, stream, Keys::Documents(inputs), true, false).1;
+            }
+        }
+        let shape = self.attention_shape(layer);
+        let tokens = self.rows(saved.glu);
+        let grad_glu = self.linear_backward(&down, saved.glu, gradient, true).expect("asked for");
+        let grad_gate_up =
+            self.activation(&format!("{name}.mlp.grad_gate_up"), tokens, 2 * self.config.intermediate_size);
+        let op = Op::GluBackward {
+            grad_output: grad_glu,
+            gate_up: saved.gate_up.output,
+            grad_gate_up,
+            activation: self.config.activation,
+        };
+        self.builder.push(&format!("{name}.mlp.glu.backward"), op);
+        let grad_norm2 =
+            self.linear_backward(&saved.gate_up, saved.norm2.output, grad_gate_up, true).expect("asked for");
+        let weight = names::post_attention_norm(layer);
+        let grad_x2 = self.norm_backward(&format!("{name}.norm2"), &weight, saved.norm2, grad_norm2, Some(gradient));
+        let grad_attention = self.linear_backward(&saved.output, saved.attention, grad_x2, true).expect("asked for");
+        let grad_qkv = self.activation(&format!("{name}.attn.grad_qkv"), tokens, shape.columns());
+        let delta = self.workspace(&format!("{name}.attn.delta"), &[tokens, shape.heads], DType::F32);
+        let op = Op::AttentionBackward {
+            grad_output: grad_attention,
+            qkv: saved.qkv.output,
+            output: saved.attention,
+            log_sum_exp: saved.log_sum_exp,
+            document_start: inputs.document_start,
+            document_end: inputs.document_end,
+            delta,
+            grad_qkv,
+            shape,
+        };
+        self.builder.push(&format!("{name}.attn.backward"), op);
+        self.rope(&format!("{name}.attn.rope.backward"), grad_qkv, inputs.positions, Direction::Backward);
+        let grad_norm1 = self.linear_backward(&saved.qkv, saved.norm1.output, grad_qkv, need_input)?;
+        let weight = names::input_norm(layer);
+        Some(self.norm_backward(&format!("{name}.norm1"), &weight, saved.norm1, grad_norm1, Some(grad_x2)))
+    }
+}
