@@ -6,6 +6,7 @@ pub mod advise;
 pub mod backend;
 pub mod cli;
 pub mod data;
+pub mod demo;
 pub mod export;
 pub mod generate;
 pub mod hub;
