@@ -1,12 +1,26 @@
 //! The run file: everything a run is described by.
 //!
-//! [`RunSpec`] is `RUN.toml` as typed values. Keys, defaults and meanings are in the design's table; the same
-//! definition serves the file, `--set`, the form and the help.
+//! [`RunSpec`] is `RUN.toml` as typed values. [`keys::KEYS`] defines every key once: type, range, default, meaning
+//! and the names that other trainers have for it; the parser, `--set`, `tune new`, the form and the documentation
+//! come from that table.
+
+pub mod check;
+pub mod domain;
+pub mod keys;
+pub mod parse;
+pub mod resolve;
+pub mod size;
+pub mod suggest;
+#[cfg(test)]
+mod tests;
+pub mod write;
 
 use serde::{Deserialize, Serialize};
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+pub use check::Capabilities;
+pub use parse::{Problem, SpecError};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunSpec {
     pub model: ModelSpec,
     pub data: DataSpec,
@@ -14,10 +28,12 @@ pub struct RunSpec {
     pub train: TrainSpec,
     pub sample: SampleSpec,
     pub engine: EngineSpec,
+    /// What was found when the run was made; only in a run's own `run.toml`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved: Option<Resolved>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct ModelSpec {
     pub id: String,
     pub revision: String,
@@ -32,12 +48,13 @@ pub enum TrainData {
     Sources(Vec<DataSource>),
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DataSource {
     pub path: String,
     pub subset: String,
     pub split: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub rows: Option<usize>,
     pub weight: f64,
     pub format: String,
@@ -54,7 +71,6 @@ pub enum EvalData {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct DataSpec {
     pub train: TrainData,
     pub eval: EvalData,
@@ -105,7 +121,6 @@ pub enum Targets {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct MethodSpec {
     pub kind: MethodKind,
     pub rank: usize,
@@ -134,14 +149,15 @@ pub enum Optimizer {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct TrainSpec {
     pub epochs: f64,
     /// Counts alone when set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
     /// Rows an update.
     pub batch: usize,
     /// None: the method's default (2e-4 for LoRA and QLoRA, 2e-5 for full).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     pub schedule: Schedule,
     /// A fraction of the run below 1, or updates.
@@ -163,14 +179,12 @@ pub struct TrainSpec {
     pub patience: usize,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SampleSpec {
     pub prompts: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct EngineSpec {
     /// `auto`, `cpu`, `wgpu`, `wgpu:N`, `cuda`, `cuda:N`.
     pub device: String,
@@ -182,71 +196,76 @@ pub struct EngineSpec {
     pub recompute: String,
 }
 
-impl Default for ModelSpec {
-    fn default() -> Self {
-        Self { id: String::new(), revision: String::new(), weights: "auto".into() }
+/// What `run.toml` pins beside the spec itself, so that the run can be repeated.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Resolved {
+    /// Version of `tune` that made the run.
+    pub version: String,
+    /// RFC 3339, UTC.
+    pub created: String,
+    /// SHA-256 of every data file, by its path.
+    pub data: std::collections::BTreeMap<String, String>,
+    /// Live changes of the run that this one repeats, made again after the same steps.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub changes: Vec<Change>,
+}
+
+/// A live change: after `step`, the key had a new value.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Change {
+    pub step: u64,
+    pub key: String,
+    pub value: f64,
+}
+
+impl RunSpec {
+    /// The learning rate, or where none is set the default of the method.
+    pub fn learning_rate(&self) -> f64 {
+        self.train.learning_rate.unwrap_or(match self.method.kind {
+            MethodKind::Lora | MethodKind::Qlora => 2e-4,
+            MethodKind::Full => 2e-5,
+        })
     }
 }
 
-impl Default for DataSpec {
+impl Default for DataSource {
     fn default() -> Self {
         Self {
-            train: TrainData::Path(String::new()),
-            eval: EvalData::Fraction(0.1),
+            path: String::new(),
+            subset: String::new(),
+            split: String::new(),
+            rows: None,
+            weight: 1.0,
             format: "auto".into(),
-            shuffle: true,
-            template: "auto".into(),
-            system: String::new(),
-            max_length: 2048,
-            too_long: TooLong::Truncate,
-            packing: true,
-            loss_on: LossOn::Responses,
-            drop_duplicates: false,
-            drop_shared: false,
+            columns: std::collections::BTreeMap::new(),
         }
     }
 }
 
-impl Default for MethodSpec {
+impl Default for RunSpec {
     fn default() -> Self {
-        Self {
-            kind: MethodKind::Lora,
-            rank: 16,
-            alpha: 16.0,
-            dropout: 0.0,
-            targets: Targets::Named("all-linear".into()),
-            rslora: false,
-            init: String::new(),
-        }
+        parse::typed(keys::defaults())
     }
 }
 
-impl Default for TrainSpec {
-    fn default() -> Self {
-        Self {
-            epochs: 1.0,
-            steps: None,
-            batch: 8,
-            learning_rate: None,
-            schedule: Schedule::Linear,
-            warmup: 0.05,
-            optimizer: Optimizer::AdamW,
-            optimizer_memory: "auto".into(),
-            betas: [0.9, 0.999],
-            epsilon: 1e-8,
-            weight_decay: 0.01,
-            max_grad_norm: 1.0,
-            seed: 3407,
-            eval_every: 0.1,
-            save_every: 0.1,
-            keep: 2,
-            patience: 0,
-        }
-    }
+/// Each section's defaults are the table's.
+macro_rules! section_defaults {
+    ($($section:ty => $field:ident),*) => {
+        $(impl Default for $section {
+            fn default() -> Self {
+                RunSpec::default().$field
+            }
+        })*
+    };
 }
 
-impl Default for EngineSpec {
-    fn default() -> Self {
-        Self { device: "auto".into(), precision: "auto".into(), vram: "auto".into(), recompute: "auto".into() }
-    }
-}
+section_defaults!(
+    ModelSpec => model,
+    DataSpec => data,
+    MethodSpec => method,
+    TrainSpec => train,
+    SampleSpec => sample,
+    EngineSpec => engine
+);
