@@ -65,3 +65,14 @@ pub fn is_id(text: &str) -> bool {
     };
     text.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name))
 }
+
+/// Folder of a model that is not the embedded one.
+///
+/// # Errors
+/// When it is nowhere on this machine.
+pub fn resolve_model(id: &str, revision: &str) -> Result<PathBuf, HubError> {
+    match locate_model(id, revision)? {
+        Location::Folder { path, .. } => Ok(path),
+        Location::Embedded => Err(HubError::NoFolder { id: id.to_owned() }),
+    }
+}

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use check::Capabilities;
 pub use parse::{Problem, SpecError};
+pub use size::parse as parse_size;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunSpec {
