@@ -4,6 +4,7 @@
 //! lays it out in memory, engines in `backend/` run it. Nothing here knows a model or a device.
 
 mod access;
+pub mod block8;
 mod buffer;
 mod build;
 mod op;
