@@ -2,7 +2,10 @@
 //!
 //! `cpu` is plain Rust and the reference; `wgpu` runs the WGSL in `shaders/`; `cuda` the CUDA C++ in `kernels/`.
 
+mod choose;
 pub mod cpu;
+
+pub use choose::{Choice, Device, choose, open};
 
 use crate::program::{BufferId, DType, Plan};
 

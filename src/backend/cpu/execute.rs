@@ -6,9 +6,10 @@ use super::linear::{self, Mask};
 use super::memory::Views;
 use super::norm::{self, RmsNorm, RmsNormBackward};
 use super::optimizer::{self, Update};
+use super::product::Weight;
 use super::{device, embedding, glu, rope};
 use crate::backend::EngineError;
-use crate::program::{AdamWPart, DType, Dropout, Op, Projection, ProjectionBackward};
+use crate::program::{AdamWPart, BufferId, DType, Dropout, Op, Projection, ProjectionBackward};
 
 pub fn execute(op: &Op, views: &Views) -> Result<(), EngineError> {
     match op {
@@ -143,9 +144,8 @@ pub fn execute(op: &Op, views: &Views) -> Result<(), EngineError> {
         Op::Cast { pairs } => {
             for (from, to) in pairs {
                 let (from, to) = (views.weight(*from)?, views.f32_mut(*to)?);
-                for (row, target) in to.chunks_mut(from.columns.max(1)).enumerate() {
-                    from.convert(row, 0..from.columns, target);
-                }
+                let elements = from.rows * from.columns;
+                Weight { rows: 1, columns: elements, ..from }.convert(0, 0..elements, to);
             }
         }
         Op::Zero { buffers } => {
@@ -184,19 +184,14 @@ pub fn execute(op: &Op, views: &Views) -> Result<(), EngineError> {
 }
 
 /// A small weight in f32.
-fn vector<'m: 'c, 'c>(
-    views: &Views<'m>,
-    id: crate::program::BufferId,
-    converted: &'c mut Vec<f32>,
-) -> Result<&'c [f32], EngineError> {
+fn vector<'m: 'c, 'c>(views: &Views<'m>, id: BufferId, converted: &'c mut Vec<f32>) -> Result<&'c [f32], EngineError> {
     if views.dtype(id) == DType::F32 {
         return views.f32(id);
     }
     let weight = views.weight(id)?;
-    converted.resize(weight.rows * weight.columns, 0.0);
-    for (row, target) in converted.chunks_mut(weight.columns).enumerate() {
-        weight.convert(row, 0..weight.columns, target);
-    }
+    let elements = weight.rows * weight.columns;
+    converted.resize(elements, 0.0);
+    Weight { rows: 1, columns: elements, ..weight }.convert(0, 0..elements, converted);
     Ok(converted)
 }
 
@@ -207,11 +202,7 @@ fn mask(views: &Views, dropout: Option<Dropout>) -> Result<Option<Mask>, EngineE
     Ok(Some(Mask { probability, key: views.key(key)?, stream }))
 }
 
-fn linear_forward(
-    views: &Views,
-    input: crate::program::BufferId,
-    projections: &[Projection],
-) -> Result<(), EngineError> {
+fn linear_forward(views: &Views, input: BufferId, projections: &[Projection]) -> Result<(), EngineError> {
     let mut biases: Vec<Vec<f32>> = vec![Vec::new(); projections.len()];
     let mut borrowed = Vec::with_capacity(projections.len());
     for (projection, converted) in projections.iter().zip(&mut biases) {
@@ -238,8 +229,8 @@ fn linear_forward(
 
 fn linear_backward(
     views: &Views,
-    input: crate::program::BufferId,
-    grad_input: Option<crate::program::BufferId>,
+    input: BufferId,
+    grad_input: Option<BufferId>,
     projections: &[ProjectionBackward],
 ) -> Result<(), EngineError> {
     let mut borrowed = Vec::with_capacity(projections.len());

@@ -169,9 +169,8 @@ pub struct ProjectionBackward<'a> {
 }
 
 pub fn backward(input: Matrix, grad_input: Option<&MatrixMut>, projections: &[ProjectionBackward]) {
-    let with_branch = || {
-        projections.iter().filter_map(|projection| projection.branch.as_ref().map(|branch| (projection, branch)))
-    };
+    let with_branch =
+        || projections.iter().filter_map(|projection| projection.branch.as_ref().map(|branch| (projection, branch)));
     let mut narrow: Vec<(Matrix, &BranchBackward, Range<usize>)> = Vec::new();
     for (projection, branch) in with_branch() {
         narrow.extend(blocks(input.rows, TOKENS).map(|rows| (projection.grad_output, branch, rows)));

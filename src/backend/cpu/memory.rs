@@ -224,12 +224,7 @@ pub struct Views<'m> {
 }
 
 impl<'m> Views<'m> {
-    fn lease(
-        &self,
-        id: BufferId,
-        writable: bool,
-        columns: Option<Range<usize>>,
-    ) -> Result<&'m Slot, EngineError> {
+    fn lease(&self, id: BufferId, writable: bool, columns: Option<Range<usize>>) -> Result<&'m Slot, EngineError> {
         let slot = &self.memory.slots[id.index()];
         if writable && slot.mapped {
             return Err(device(format!("buffer {} is a frozen weight, an operation writes it", id.0)));

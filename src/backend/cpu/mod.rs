@@ -62,25 +62,23 @@ pub struct Options {
 /// None so far.
 pub fn target() -> Result<Target, EngineError> {
     let threads = rayon::current_num_threads();
-    let mut system = sysinfo::System::new();
-    system.refresh_memory();
+    // Where the system does not say, its own refusal is the only limit.
+    let memory = sysinfo::System::new().ok().map(|mut system| {
+        system.refresh_memory();
+        system.available_memory()
+    });
     let sizes = |from: usize, to: usize, step: usize| (from..=to).step_by(step);
     let flops = 60e9 * threads as f64;
     Ok(Target {
         name: format!("CPU, {threads} thread{}", if threads == 1 { "" } else { "s" }),
         engine: ENGINE,
-        memory: Some(system.available_memory()),
+        memory,
         largest_segment: u64::MAX,
         alignment: 64,
         compute: DType::F32,
         trainable: DType::F32,
         micro_sizes: sizes(32, 512, 32).chain(sizes(640, 2048, 128)).chain(sizes(2560, 16_384, 512)).collect(),
-        rates: Rates {
-            flops,
-            attention_flops: flops / 3.0,
-            bandwidth: 8e9 * (threads as f64).min(8.0),
-            per_op: 10e-6,
-        },
+        rates: Rates { flops, attention_flops: flops / 3.0, bandwidth: 8e9 * (threads as f64).min(8.0), per_op: 10e-6 },
         library_workspace: 0,
         logits_bytes: 64 << 20,
     })
@@ -100,20 +98,19 @@ pub fn open(plan: Plan, weights: Arc<dyn WeightSource>) -> Result<CpuSession, En
 /// As [`open`].
 pub fn open_with(plan: Plan, weights: Arc<dyn WeightSource>, options: Options) -> Result<CpuSession, EngineError> {
     supported(&plan)?;
-    let memory = Memory::new(&plan, weights, options.layout)?;
+    let mut memory = Memory::new(&plan, weights, options.layout)?;
     let mut deaths = Vec::new();
-    let mut session_memory = memory;
     if options.dead == Dead::Poisoned {
         for program in &plan.workload.programs {
             let mut ends = vec![Vec::new(); program.steps.len()];
             for life in lives(&plan.workload, program) {
                 ends[life.last].push(life.buffer);
-                session_memory.poison(life.buffer);
+                memory.poison(life.buffer);
             }
             deaths.push(ends);
         }
     }
-    Ok(CpuSession { plan, memory: session_memory, deaths })
+    Ok(CpuSession { plan, memory, deaths })
 }
 
 fn supported(plan: &Plan) -> Result<(), EngineError> {

@@ -86,8 +86,8 @@ pub fn rms_norm_backward(op: RmsNormBackward) {
         grad_weight.par_chunks_mut(size).enumerate().for_each(|(block, out)| {
             let columns = block * size..block * size + out.len();
             let (grad, x) = (grad.columns(columns.clone()), x.columns(columns));
-            for row in 0..grad.rows {
-                let (grad, x, inverse) = (grad.row(row), x.row(row), inverse_rms[row]);
+            for (row, &inverse) in inverse_rms.iter().enumerate() {
+                let (grad, x) = (grad.row(row), x.row(row));
                 for ((out, &grad), &x) in out.iter_mut().zip(grad).zip(x) {
                     *out += grad * x * inverse;
                 }

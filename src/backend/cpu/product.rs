@@ -72,12 +72,7 @@ impl<'a> Matrix<'a> {
     pub fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
         assert!(rows.end <= self.rows && columns.end <= self.columns);
         let offset = rows.start * self.row_stride + columns.start * self.column_stride;
-        Self {
-            start: self.start.wrapping_add(offset),
-            rows: rows.len(),
-            columns: columns.len(),
-            ..self
-        }
+        Self { start: self.start.wrapping_add(offset), rows: rows.len(), columns: columns.len(), ..self }
     }
 
     pub fn rows(self, rows: Range<usize>) -> Self {
@@ -99,13 +94,7 @@ impl<'a> Matrix<'a> {
 impl<'a> MatrixMut<'a> {
     pub fn new(values: &'a mut [f32], columns: usize) -> Self {
         let columns = columns.max(1);
-        Self {
-            rows: values.len() / columns,
-            start: values.as_mut_ptr(),
-            columns,
-            stride: columns,
-            life: PhantomData,
-        }
+        Self { rows: values.len() / columns, start: values.as_mut_ptr(), columns, stride: columns, life: PhantomData }
     }
 
     /// # Safety
