@@ -1,5 +1,28 @@
 //! Data: read, normalise to messages, render the template, tokenize with a label mask, pack.
 
+mod error;
+mod format;
+mod load;
+mod mask;
+mod message;
+mod normalise;
+mod order;
+mod pack;
+mod python_json;
+mod read;
+mod report;
+mod template;
+
+pub use error::DataError;
+pub use format::{Format, Mapping};
+pub use load::{Loaded, Progress, check_context, load};
+pub use mask::{MaskMethod, Masked, labels, mask};
+pub use message::{Example, Message};
+pub use order::{held_out, order};
+pub use pack::{IGNORED, pack};
+pub use report::{DroppedRow, Lint, Place, Report, SourceReport, TruncatedRow};
+pub use template::{ChatTemplate, Rendered, built_in_templates};
+
 /// A tokenized example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {

@@ -7,6 +7,7 @@ mod family;
 mod generation;
 mod layer;
 pub mod names;
+pub mod tokenizer;
 mod training;
 mod weights;
 
