@@ -4,6 +4,7 @@
 
 mod choose;
 pub mod cpu;
+pub mod doctor;
 
 pub use choose::{Choice, Device, choose, open};
 

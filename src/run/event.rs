@@ -105,6 +105,9 @@ pub enum Event {
     Failed {
         error: String,
         hint: String,
+        /// The request was wrong, rather than the run.
+        #[serde(default)]
+        request: bool,
     },
     Finished {
         steps: u64,

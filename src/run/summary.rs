@@ -145,7 +145,7 @@ impl Summary {
                 self.step = *step;
                 self.reason = Some(reason.clone());
             }
-            Event::Failed { error, hint } => {
+            Event::Failed { error, hint, .. } => {
                 self.state = State::Failed;
                 (self.reason, self.hint) = (Some(error.clone()), Some(hint.clone()));
             }

@@ -106,7 +106,7 @@ pub fn run(home: &Home, folder: &RunFolder, job: &dyn Job) -> Result<u8, RunErro
         Ok(End::Stopped) => exit::STOPPED,
         Err(Failure { error, hint, request }) => {
             eprintln!("error: {error}");
-            controls.emit(Event::Failed { error, hint });
+            controls.emit(Event::Failed { error, hint, request });
             if request { exit::REQUEST } else { exit::FAILED }
         }
     };

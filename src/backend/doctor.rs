@@ -1,0 +1,50 @@
+//! What `tune doctor` says about an engine.
+
+use serde::Serialize;
+
+/// One engine on this machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// `cpu`, `wgpu`, `cuda`.
+    pub engine: &'static str,
+    /// Whether a run could use it now.
+    pub usable: bool,
+    /// Devices and adapters, libraries, features; in the order in which they depend on each other.
+    pub findings: Vec<Finding>,
+}
+
+/// One thing that was looked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// `driver`, `cuBLASLt`, `adapter 0`.
+    pub name: String,
+    pub state: State,
+    /// What was found, with version and place; or what is missing.
+    pub detail: String,
+    /// The one command, or the one thing, that mends it; empty when nothing has to be mended.
+    pub mend: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Found,
+    /// The engine does without it, more slowly or with less.
+    Absent,
+    /// The engine needs it.
+    Missing,
+}
+
+impl Finding {
+    pub fn found(name: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self { name: name.into(), state: State::Found, detail: detail.into(), mend: String::new() }
+    }
+
+    pub fn absent(name: impl Into<String>, detail: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { name: name.into(), state: State::Absent, detail: detail.into(), mend: mend.into() }
+    }
+
+    pub fn missing(name: impl Into<String>, detail: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { name: name.into(), state: State::Missing, detail: detail.into(), mend: mend.into() }
+    }
+}
