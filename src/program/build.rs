@@ -60,6 +60,11 @@ impl WorkloadBuilder {
         self.workload.buffer(id)
     }
 
+    /// What is written so far.
+    pub fn workload(&self) -> &Workload {
+        &self.workload
+    }
+
     pub fn begin(&mut self, name: &str, role: Role, tokens: usize) {
         assert!(self.open.is_none(), "a program is open");
         self.open = Some(Program { name: name.to_string(), role, tokens, steps: Vec::new() });
