@@ -72,3 +72,30 @@ DEVICE void multiply_16x8x16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+DEVICE void copy_async_4(u32 shared, const void* global, bool valid) {
+    u32 bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+// Fragments of a tile whose rows lie `stride` bytes apart, 16 rows by 16 columns from byte address `tile`.
+// As `a` of multiply_16x8x16 (rows are a's rows); or, from rows that are b's k, as b of two columns of eight:
+// {b0, b1} of the first, {b0, b1} of the second.
+template <int stride>
+DEVICE void load_a(u32 (&a)[4], u32 tile) {
+    u32 lane = threadIdx.x & 31;
+    load_matrix_x4(a, tile + (lane & 15) * stride + (lane >> 4) * 16);
+}
+
+template <int stride>
+DEVICE void load_b_from_k_rows(u32 (&b)[4], u32 tile) {
+    u32 lane = threadIdx.x & 31;
+    load_matrix_x4_transposed(b, tile + (lane & 15) * stride + (lane >> 4) * 16);
+}
+
+// Likewise from rows that are b's columns.
+template <int stride>
+DEVICE void load_b_from_n_rows(u32 (&b)[4], u32 tile) {
+    u32 lane = threadIdx.x & 31;
+    load_matrix_x4(b, tile + ((lane & 7) + (lane >> 4) * 8) * stride + ((lane >> 3) & 1) * 16);
+}
