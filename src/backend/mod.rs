@@ -5,6 +5,7 @@
 mod choose;
 pub mod cpu;
 pub mod doctor;
+pub mod inspect;
 
 pub use choose::{Choice, Device, choose, open};
 
