@@ -8,10 +8,12 @@ mod message;
 mod normalise;
 mod order;
 mod pack;
+mod preview;
 mod python_json;
 mod read;
 mod report;
 mod template;
+mod tokenize;
 
 pub use error::DataError;
 pub use format::{Format, Mapping};
@@ -20,6 +22,7 @@ pub use mask::{MaskMethod, Masked, labels, mask};
 pub use message::{Example, Message};
 pub use order::{held_out, order};
 pub use pack::{IGNORED, pack};
+pub use preview::{Bin, Histogram, Preview, RowView, TokenSpan};
 pub use report::{DroppedRow, Lint, Place, Report, SourceReport, TruncatedRow};
 pub use template::{ChatTemplate, Rendered, built_in_templates};
 
@@ -31,7 +34,7 @@ pub struct Row {
     pub labels: Vec<i32>,
     /// Weight of each token's loss when it is the target; empty for 1 everywhere.
     pub weights: Vec<f32>,
-    /// Where it came from, counted from 0 in the source.
+    /// Where it came from: the number of its row over all files read, from 0; [`Report::place`] gives file and line.
     pub source: usize,
 }
 

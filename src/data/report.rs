@@ -46,6 +46,12 @@ pub struct SourceReport {
     pub rows: usize,
     /// Rows that became an example.
     pub kept: usize,
+    /// Number of its first row over all files.
+    #[serde(skip)]
+    pub first: usize,
+    /// Line of each row.
+    #[serde(skip)]
+    pub lines: Vec<usize>,
 }
 
 /// Something about the data that is allowed and seldom meant.
@@ -73,8 +79,12 @@ pub struct Report {
     pub held_out_of_stream: bool,
     pub dropped: Vec<DroppedRow>,
     pub truncated: Vec<TruncatedRow>,
+    /// Rows that a source's `rows` leaves out.
+    pub left_out: usize,
     /// Rows equal to an earlier row.
     pub duplicates: Vec<Place>,
+    /// Conversations of which the template leaves something out.
+    pub lossy: Vec<Place>,
     /// Evaluation rows that are trained on, word for word.
     pub overlap: usize,
     /// Tokens of each row before `max_length` cut it; in order of the rows.
@@ -87,6 +97,12 @@ pub struct Report {
 }
 
 impl Report {
+    /// Where a row stands, by [`Row::source`].
+    pub fn place(&self, source: usize) -> Option<Place> {
+        let file = self.sources.iter().rfind(|file| file.first <= source)?;
+        Some(Place { file: file.path.clone(), line: *file.lines.get(source - file.first)? })
+    }
+
     /// Dropped rows by reason, the commonest first.
     pub fn dropped_by_reason(&self) -> Vec<(&str, usize)> {
         let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
@@ -144,6 +160,18 @@ impl Report {
                     "the model would not learn to stop: use a template whose answers end with a special token",
                 );
             }
+        }
+        if let Some(first) = self.lossy.first() {
+            add(
+                "template-leaves-out",
+                format!(
+                    "{} conversations lose something in the chat template (a message, a tool call or the tools), \
+                     the first is {first}",
+                    self.lossy.len()
+                ),
+                "look at that row with --row; a template that knows tools and system prompts is data.template = \
+                 \"qwen2.5\", if the model has its tokens",
+            );
         }
         if share(self.duplicates.len()) > 0.01 {
             add(

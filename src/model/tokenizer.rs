@@ -10,12 +10,9 @@ use std::sync::Arc;
 use serde_json::Value;
 
 /// What can go wrong when a tokenizer is opened or used.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum TokenizerError {
-    #[error(
-        "{folder} has no tokenizer.json\nhint: save the model's fast tokenizer there \
-         (Transformers: AutoTokenizer.from_pretrained(ID).save_pretrained(FOLDER))"
-    )]
+    #[error("{folder} has no tokenizer.json", folder = folder.display())]
     Missing { folder: PathBuf },
     #[error("{file} could not be read: {what}")]
     Broken { file: String, what: String },
@@ -23,6 +20,20 @@ pub enum TokenizerError {
     Encode { bytes: usize, what: String },
     #[error("the tokenizer could not decode {tokens} tokens: {what}")]
     Decode { tokens: usize, what: String },
+}
+
+impl TokenizerError {
+    /// The next step; empty where there is none to name.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Missing { .. } => {
+                "save the model's fast tokenizer there \
+                 (Transformers: AutoTokenizer.from_pretrained(ID).save_pretrained(FOLDER))"
+            }
+            Self::Broken { .. } => "fetch the model's tokenizer files again",
+            _ => "",
+        }
+    }
 }
 
 /// Token ids with the bytes of the text that each stands for.
