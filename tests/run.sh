@@ -11,6 +11,8 @@ if [ -x tests/mesa.sh ]; then bash tests/mesa.sh; fi
 if [ -f tests/kernels.rs ]; then
   if [ ! -x .venv/bin/python ]; then python3 -m venv .venv; fi
   .venv/bin/python -m pip install -q 'nvidia-cuda-nvrtc==13.0.*'
+  # The engine looks for libraries in the active Python.
+  export VIRTUAL_ENV="$PWD/.venv"
 fi
 
 # A real model, rebuilt from a package: the golden numbers were taken on it.

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use super::{EngineError, Session, WeightSource, cpu};
+use super::{EngineError, Session, WeightSource, cpu, cuda};
 use crate::program::{Plan, Target};
 
 /// A device that a plan can be opened on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
     Cpu,
+    /// A card, by the driver's number.
+    Cuda(usize),
 }
 
 /// What `engine.device` and `engine.precision` came to.
@@ -20,22 +22,60 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Finds the device for `engine.device` (`auto`, `cpu`) and `engine.precision` (`auto`, `f32`).
+/// Finds the device for `engine.device` (`auto`, `cpu`, `cuda`, `cuda:N`) and `engine.precision` (`auto`, `f32`,
+/// `bf16`). `auto` takes CUDA where a card and its libraries are there, else the CPU.
 ///
 /// # Errors
 /// When the device is not there, or does not compute in that precision.
 pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
     let unsupported = |engine, what| Err(EngineError::Unsupported { engine, what });
-    let reason = match device {
-        "auto" => "no other engine was found",
-        "cpu" => "asked for",
-        _ => return unsupported("this build", format!("engine.device = {device:?}; it has auto and cpu")),
-    };
-    match precision {
-        "auto" | "f32" => {}
-        _ => return unsupported("cpu", format!("engine.precision = {precision:?}; it computes in f32")),
+    match device {
+        "auto" => match choose_cuda(precision) {
+            Ok(choice) => Ok(choice),
+            Err(why) => choose_cpu(precision, why),
+        },
+        "cpu" => choose_cpu(precision, "asked for".into()),
+        "cuda" => cuda_on(0, precision, "asked for".into()),
+        _ => match device.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(ordinal)) => cuda_on(ordinal, precision, "asked for".into()),
+            _ => unsupported("this build", format!("engine.device = {device:?}; it has auto, cpu, cuda and cuda:N")),
+        },
     }
-    Ok(Choice { device: Device::Cpu, target: cpu::target()?, reason: reason.to_string() })
+}
+
+/// The first card that can train, or why there is none.
+fn choose_cuda(precision: &str) -> Result<Choice, String> {
+    if !matches!(precision, "auto" | "bf16") {
+        return Err(format!("precision {precision} was asked for, which CUDA does not compute in"));
+    }
+    let cards = cuda::cards().map_err(|error| error.to_string())?;
+    if cards.is_empty() {
+        return Err("no other engine was found".into());
+    }
+    let mut why = String::new();
+    for card in cards {
+        match cuda_on(card.ordinal, precision, "an NVIDIA card is there".into()) {
+            Ok(choice) => return Ok(choice),
+            Err(error) => why = format!("{} cannot be used: {error}", card.name),
+        }
+    }
+    Err(why)
+}
+
+fn cuda_on(ordinal: usize, precision: &str, reason: String) -> Result<Choice, EngineError> {
+    if !matches!(precision, "auto" | "bf16") {
+        let what = format!("engine.precision = {precision:?}; it computes in bf16");
+        return Err(EngineError::Unsupported { engine: "cuda", what });
+    }
+    Ok(Choice { device: Device::Cuda(ordinal), target: cuda::target(ordinal)?, reason })
+}
+
+fn choose_cpu(precision: &str, reason: String) -> Result<Choice, EngineError> {
+    if !matches!(precision, "auto" | "f32") {
+        let what = format!("engine.precision = {precision:?}; it computes in f32");
+        return Err(EngineError::Unsupported { engine: "cpu", what });
+    }
+    Ok(Choice { device: Device::Cpu, target: cpu::target()?, reason })
 }
 
 /// Opens a plan on a device.
@@ -45,5 +85,6 @@ pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
 pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, device: &Device) -> Result<Box<dyn Session>, EngineError> {
     match device {
         Device::Cpu => Ok(Box::new(cpu::open(plan, weights)?)),
+        Device::Cuda(ordinal) => Ok(Box::new(cuda::open(plan, weights, *ordinal)?)),
     }
 }

@@ -4,6 +4,7 @@
 
 mod choose;
 pub mod cpu;
+pub mod cuda;
 pub mod doctor;
 pub mod inspect;
 

@@ -1,0 +1,247 @@
+//! Times training steps on a card: `step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all] [profile]`.
+//!
+//! MODEL: 135m, 1b or 8b (Llama shapes, random weights: speed and memory do not depend on them); METHOD: lora, qlora or
+//! full. Rank 16 on all linear layers, AdamW with 8-bit states, packed rows of full length, as the rivals are measured.
+//! Prints one line of JSON; with `profile`, milliseconds and floor by kind of operation before it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use half::bf16;
+use tune::backend::{EngineError, Session, Tensor, WeightSource, cuda};
+use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
+use tune::program::plan::{estimate_op, plan};
+use tune::program::{DType, Kind, Op, Role, Target, WorkloadBuilder, random};
+
+fn config(model: &str) -> anyhow::Result<ModelConfig> {
+    let (hidden, intermediate, layers, heads, kv_heads, vocabulary, tied) = match model {
+        "135m" => (576, 1536, 30, 9, 3, 49152, true),
+        "1b" => (2048, 8192, 16, 32, 8, 128256, true),
+        "8b" => (4096, 14336, 32, 32, 8, 128256, false),
+        _ => bail!("MODEL is 135m, 1b or 8b"),
+    };
+    let json = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": hidden / heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": tied, "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    });
+    let mut config = ModelConfig::parse(&json.to_string())?;
+    config.dtype = DType::BF16;
+    Ok(config)
+}
+
+/// Uniform bf16 numbers, one stretch of memory for all tensors; norms are ones.
+struct Noise {
+    values: Vec<bf16>,
+    ones: Vec<bf16>,
+    shapes: BTreeMap<String, Vec<usize>>,
+}
+
+impl Noise {
+    fn new(config: &ModelConfig) -> Self {
+        use rayon::prelude::*;
+        let shapes: BTreeMap<_, _> =
+            names::weights(config).into_iter().map(|weight| (weight.name, weight.shape)).collect();
+        let largest = shapes.values().map(|shape| shape.iter().product::<usize>()).max().unwrap_or(1);
+        let value = |i: usize| bf16::from_f32(((random::mix(i as u32) >> 8) as f32 / 8_388_608.0 - 1.0) * 0.035);
+        let values = (0..largest).into_par_iter().map(value).collect();
+        Self { values, ones: vec![bf16::ONE; config.hidden_size], shapes }
+    }
+}
+
+impl WeightSource for Noise {
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>, EngineError> {
+        let missing = || EngineError::Weight { name: name.into(), what: "the shape has no such tensor".into() };
+        let shape = self.shapes.get(name).ok_or_else(missing)?;
+        let from = if shape.len() == 1 { &self.ones } else { &self.values };
+        let bytes = bytemuck::cast_slice(&from[..shape.iter().product()]);
+        Ok(Tensor { dtype: DType::BF16, shape: shape.clone(), bytes })
+    }
+}
+
+/// Free bytes on the card with a context and nothing of ours.
+fn free_beside_context(target: &Target) -> anyhow::Result<u64> {
+    let mut builder = WorkloadBuilder::new();
+    let scalar = builder.persistent("x", &[1], DType::F32, Kind::Scalar);
+    builder.begin("nothing", Role::Update, 0);
+    builder.push("zero", Op::Zero { buffers: vec![scalar] });
+    builder.end();
+    let plan = plan(builder.finish(), target.clone())?;
+    let none = Noise { values: Vec::new(), ones: Vec::new(), shapes: BTreeMap::new() };
+    let mut session = cuda::open(plan, Arc::new(none), 0)?;
+    session.run(0)?;
+    Ok(session.card_memory()?.0 + session.allocated_bytes())
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [model, method, batch, sequence, steps, rest @ ..] = arguments.as_slice() else {
+        bail!("usage: step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all] [profile]");
+    };
+    let (batch, sequence, steps): (usize, usize, usize) = (batch.parse()?, sequence.parse()?, steps.parse()?);
+    let recompute = match rest.first().map(String::as_str) {
+        None | Some("none") => Recompute::None,
+        Some("cheap") => Recompute::Cheap,
+        Some("all") => Recompute::All,
+        Some(other) => bail!("{other} is not none, cheap or all"),
+    };
+    let profile = rest.iter().any(|word| word == "profile");
+    let config = config(model)?;
+    let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
+    let adapter = AdapterOptions { rank: 16, targets, dropout: 0.0 };
+    let training = match method.as_str() {
+        "lora" => Method::Lora { adapter, weights: None },
+        "qlora" => Method::Lora { adapter, weights: Some(DType::Nf4) },
+        "full" => Method::Full,
+        _ => bail!("METHOD is lora, qlora or full"),
+    };
+    let tokens = batch * sequence;
+    let options = TrainingOptions {
+        method: training,
+        sizes: vec![tokens],
+        evaluate: false,
+        recompute: vec![recompute; config.layers],
+        betas: [0.9, 0.999],
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        max_grad_norm: 1.0,
+        eight_bit: true,
+        generation: None,
+    };
+    let target = cuda::target(0)?;
+    let free = free_beside_context(&target)?;
+    let noise = Arc::new(Noise::new(&config));
+    let begun = Instant::now();
+    let plan = plan(training_workload(&config, &options, &target)?, target.clone())?;
+    let planned = plan.summary.peak_bytes;
+    let mut session = cuda::open(plan, noise, 0)?;
+    let opened = begun.elapsed().as_secs_f64();
+
+    let find = |session: &cuda::CudaSession, name: &str| {
+        session.plan().workload.find(name).with_context(|| format!("no buffer {name}"))
+    };
+    let put = |session: &mut cuda::CudaSession, name: &str, bytes: &[u8]| -> anyhow::Result<()> {
+        let id = find(session, name)?;
+        Ok(session.write(id, bytes)?)
+    };
+    let adapters: Vec<_> = session
+        .plan()
+        .workload
+        .of_kind(Kind::Adapter)
+        .filter(|(_, buffer)| buffer.dtype == DType::F32)
+        .map(|(id, buffer)| (id, buffer.elements(), buffer.name.contains("lora_A")))
+        .collect();
+    for (id, elements, is_a) in adapters {
+        let size = if is_a { 0.02 } else { 0.0 };
+        let values: Vec<f32> =
+            (0..elements).map(|i| ((random::mix(i as u32 ^ id.0) >> 8) as f32 / 8_388_608.0 - 1.0) * size).collect();
+        session.write(id, bytemuck::cast_slice(&values))?;
+    }
+    if let Some(refresh) = session.plan().workload.program("refresh") {
+        session.run(refresh)?;
+    }
+    let row = |t: usize| t / sequence * sequence;
+    let ids: Vec<i32> = (0..tokens).map(|t| (random::mix(t as u32) % 297 + 3) as i32).collect();
+    let values = |f: &dyn Fn(usize) -> i32| (0..tokens).map(f).collect::<Vec<i32>>();
+    let last = |t: usize| t + 1 == row(t) + sequence;
+    let parts = [
+        ("ids", ids.clone()),
+        ("positions", values(&|t| (t - row(t)) as i32)),
+        ("document_start", values(&|t| row(t) as i32)),
+        ("document_end", values(&|t| (row(t) + sequence) as i32)),
+        ("targets", values(&|t| if last(t) { -100 } else { ids[t + 1] })),
+    ];
+    for (part, values) in parts {
+        put(&mut session, &format!("inputs.{tokens}.{part}"), bytemuck::cast_slice(&values))?;
+    }
+    put(&mut session, &format!("inputs.{tokens}.token_weights"), bytemuck::cast_slice(&vec![1.0f32; tokens]))?;
+    put(&mut session, "loss_scale", bytemuck::cast_slice(&[1.0 / (tokens - batch) as f32]))?;
+    if method != "full" {
+        put(&mut session, "lora_scale", bytemuck::cast_slice(&[1.0f32]))?;
+    }
+    let programs: Vec<usize> = ["begin".to_string(), format!("micro.{tokens}"), "update".to_string()]
+        .iter()
+        .map(|name| session.plan().workload.program(name).with_context(|| format!("no program {name}")))
+        .collect::<Result<_, _>>()?;
+    let loss_sum = find(&session, "loss_sum")?;
+    let (mut times, mut losses) = (Vec::new(), Vec::new());
+    let mut first_step = 0.0;
+    for step in 0..steps + 3 {
+        let count = step as i32 + 1;
+        let hyper = [2e-4f32, 1.0 - 0.9f32.powi(count), (1.0 - 0.999f32.powi(count)).sqrt(), 0.0];
+        let start = Instant::now();
+        put(&mut session, "hyper", bytemuck::cast_slice(&hyper))?;
+        put(&mut session, "random_key", bytemuck::cast_slice(&[3407u32, 0, step as u32, 0]))?;
+        for &program in &programs {
+            session.run(program)?;
+        }
+        let mut loss = [0u8; 4];
+        session.read(loss_sum, &mut loss)?;
+        if step >= 3 {
+            times.push(start.elapsed().as_secs_f64());
+        } else if step == 0 {
+            first_step = begun.elapsed().as_secs_f64();
+        }
+        losses.push(f32::from_le_bytes(loss));
+    }
+    let used = free.saturating_sub(session.card_memory()?.0);
+    times.sort_by(f64::total_cmp);
+    let median = times[times.len() / 2];
+    if profile {
+        print_profile(&mut session, &programs, &target)?;
+    }
+    let workload = &session.plan().workload;
+    let floor: f64 = programs
+        .iter()
+        .flat_map(|&program| &workload.programs[program].steps)
+        .map(|step| estimate_op(workload, &step.op, &target) - target.rates.per_op)
+        .sum();
+    let gib = |bytes: u64| (bytes as f64 / f64::from(1 << 30) * 100.0).round() / 100.0;
+    let result = serde_json::json!({
+        "peer": "tune", "model": model, "method": method, "batch": batch, "seq": sequence,
+        "recompute": rest.first().map_or("none", String::as_str),
+        "tok_s": (tokens as f64 / median).round(), "step_ms": (median * 1e5).round() / 100.0,
+        "min_ms": (times[0] * 1e5).round() / 100.0, "floor_ms": (floor * 1e5).round() / 100.0,
+        "share_of_floor": (floor / median * 1000.0).round() / 1000.0,
+        "used_gib": gib(used), "allocated_gib": gib(session.allocated_bytes()), "planned_gib": gib(planned),
+        "open_s": (opened * 100.0).round() / 100.0, "first_step_s": (first_step * 100.0).round() / 100.0,
+        "loss": [losses[0], losses[losses.len() - 1]],
+    });
+    println!("RESULT {result}");
+    Ok(())
+}
+
+/// Milliseconds, floor and share by kind of operation.
+fn print_profile(session: &mut cuda::CudaSession, programs: &[usize], target: &Target) -> anyhow::Result<()> {
+    let mut table: BTreeMap<String, (usize, f64, f64, u64)> = BTreeMap::new();
+    let mut total = 0.0;
+    for &program in programs {
+        let times = session.profile(program, 3)?;
+        let workload = &session.plan().workload;
+        for (step, milliseconds) in workload.programs[program].steps.iter().zip(times) {
+            // The same place in every layer counts together.
+            let place: Vec<&str> = step.name.split('.').filter(|part| part.parse::<usize>().is_err()).collect();
+            let entry = table.entry(format!("{:<28} {}", step.op.name(), place.join("."))).or_default();
+            entry.0 += 1;
+            entry.1 += f64::from(milliseconds);
+            entry.2 += (estimate_op(workload, &step.op, target) - target.rates.per_op) * 1e3;
+            entry.3 += step.op.flops(workload);
+            total += f64::from(milliseconds);
+        }
+    }
+    let mut rows: Vec<_> = table.into_iter().collect();
+    rows.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
+    for (name, (count, milliseconds, floor, flops)) in rows {
+        println!(
+            "{name:<64} {count:4} x {milliseconds:9.3} ms  floor {floor:9.3}  {:5.1}%  {:6.0} TFLOP/s",
+            milliseconds / total * 100.0,
+            flops as f64 / milliseconds * 1e-9
+        );
+    }
+    println!("{total:.3} ms in all, one launch after the other");
+    Ok(())
+}

@@ -1,0 +1,73 @@
+// SwiGLU and GeGLU (Shazeer 2020, arXiv 2002.05202), forward and backward.
+//
+//   output = f(gate) up;  grad_gate = grad_output up f'(gate);  grad_up = grad_output f(gate)
+//   silu: f(x) = x s(x), f'(x) = s (1 + x (1 - s)) with s the logistic function
+//   gelu (tanh): f(x) = x (1 + t) / 2 with t = tanh(k (x + c x^3)), f'(x) = (1 + t)/2 + x (1 - t^2) k (1 + 3 c x^2)/2
+//
+// Grid: (rows, column tiles). gate_up rows hold `columns` gate values, then as many up values.
+
+template <int GELU>
+__device__ __forceinline__ void activation(float x, float& value, float& slope) {
+    if constexpr (GELU) {
+        const float k = 0.7978845608028654f, c = 0.044715f;
+        float t = tanhf(k * (x + c * x * x * x));
+        value = 0.5f * x * (1.0f + t);
+        slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * k * (1.0f + 3.0f * c * x * x);
+    } else {
+        float s = 1.0f / (1.0f + __expf(-x));
+        value = x * s;
+        slope = s * (1.0f + x * (1.0f - s));
+    }
+}
+
+template <int V, int GELU>
+__device__ __forceinline__ void glu(const bf16* gate_up, bf16* output, int columns) {
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+    if (column >= columns) return;
+    const bf16* row = gate_up + (i64)blockIdx.x * 2 * columns;
+    float gate[V], up[V];
+    load<V>(row + column, gate);
+    load<V>(row + columns + column, up);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        float value, slope;
+        activation<GELU>(gate[i], value, slope);
+        up[i] *= value;
+    }
+    store<V>(output + (i64)blockIdx.x * columns + column, up);
+}
+
+template <int V, int GELU>
+__device__ __forceinline__ void glu_backward(const bf16* grad_output, const bf16* gate_up, bf16* grad_gate_up,
+                                             int columns) {
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+    if (column >= columns) return;
+    i64 row = (i64)blockIdx.x * 2 * columns;
+    float gate[V], up[V], grad[V];
+    load<V>(gate_up + row + column, gate);
+    load<V>(gate_up + row + columns + column, up);
+    load<V>(grad_output + (i64)blockIdx.x * columns + column, grad);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        float value, slope;
+        activation<GELU>(gate[i], value, slope);
+        gate[i] = grad[i] * up[i] * slope;
+        up[i] = grad[i] * value;
+    }
+    store<V>(grad_gate_up + row + column, gate);
+    store<V>(grad_gate_up + row + columns + column, up);
+}
+
+#define GLU(NAME, V, GELU)                                                                                \
+    extern "C" __global__ void glu_##NAME(const bf16* gate_up, bf16* output, int columns) {               \
+        glu<V, GELU>(gate_up, output, columns);                                                           \
+    }                                                                                                     \
+    extern "C" __global__ void glu_backward_##NAME(const bf16* grad_output, const bf16* gate_up,          \
+                                                   bf16* grad_gate_up, int columns) {                     \
+        glu_backward<V, GELU>(grad_output, gate_up, grad_gate_up, columns);                               \
+    }
+
+GLU(8_silu, 8, 0)
+GLU(1_silu, 1, 0)
+GLU(8_gelu, 8, 1)
+GLU(1_gelu, 1, 1)

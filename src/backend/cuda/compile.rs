@@ -1,0 +1,276 @@
+//! Kernels: sources compiled by NVRTC for a card, and the cache of what was compiled.
+//!
+//! A cached kernel is keyed by source, options, compiler version and architecture, carries a checksum, and is
+//! written under a temporary name and renamed.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cudarc::driver::{result as driver, sys as sys_driver};
+use cudarc::nvrtc::{result, sys};
+use sha2::{Digest, Sha256};
+
+use super::driver::{Card, During, failed, unsupported};
+use crate::backend::EngineError;
+
+/// A file of kernels.
+pub struct Source {
+    pub name: &'static str,
+    text: &'static str,
+    /// What is put before it: file names and texts.
+    headers: &'static [(&'static str, &'static str)],
+}
+
+macro_rules! header {
+    ($name:literal) => {
+        ($name, include_str!(concat!("../../../kernels/", $name)))
+    };
+}
+
+macro_rules! source {
+    ($name:literal $(, $header:literal)*) => {
+        Source {
+            name: $name,
+            text: include_str!(concat!("../../../kernels/", $name, ".cu")),
+            headers: &[header!("prelude.cuh") $(, header!($header))*],
+        }
+    };
+}
+
+/// A macro that a file is compiled with.
+pub type Define = (&'static str, String);
+
+/// Every file in `kernels/`.
+#[rustfmt::skip]
+pub const SOURCES: &[Source] = &[
+    source!("adamw"),
+    source!("attention", "tensor_core.cuh", "attention_shape.cuh"),
+    source!("attention_backward", "tensor_core.cuh", "attention_shape.cuh"),
+    source!("attention_backward_hopper", "tensor_core.cuh", "hopper.cuh", "attention_shape.cuh", "attention_tiles.cuh"),
+    source!("attention_hopper", "tensor_core.cuh", "hopper.cuh", "attention_shape.cuh", "attention_tiles.cuh"),
+    source!("bias"),
+    source!("cached_attention"),
+    source!("cast"),
+    source!("column_sum"),
+    source!("cross_entropy"),
+    source!("dropout"),
+    source!("embedding"),
+    source!("glu"),
+    source!("nf4"),
+    source!("rms_norm"),
+    source!("rope"),
+];
+
+impl Source {
+    pub fn named(name: &str) -> Option<&'static Source> {
+        SOURCES.iter().find(|source| source.name == name)
+    }
+
+    /// The whole text that the compiler sees.
+    fn text(&self) -> String {
+        let headers: String = self.headers.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect();
+        format!("{headers}#line 1 \"{}.cu\"\n{}", self.name, self.text)
+    }
+}
+
+/// The architecture to compile for: `sm_90a` for Hopper, whose matrix instructions need the `a`.
+///
+/// # Errors
+/// For cards before Ampere, which have no bf16 matrix products.
+pub fn architecture((major, minor): (i32, i32)) -> Result<String, EngineError> {
+    match (major, minor) {
+        (..=7, _) => Err(unsupported(format!(
+            "compute capability {major}.{minor} has no bf16 matrix products (8.0 and newer do); use --device wgpu"
+        ))),
+        (9, 0) => Ok("sm_90a".into()),
+        _ => Ok(format!("sm_{major}{minor}")),
+    }
+}
+
+/// Version of the compiler in use.
+pub fn compiler_version() -> Result<(i32, i32), EngineError> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both point to live integers.
+    unsafe { sys::nvrtcVersion(&mut major, &mut minor) }
+        .result()
+        .map_err(|error| failed(format!("asking NVRTC for its version: {error}")))?;
+    Ok((major, minor))
+}
+
+fn options(architecture: &str, defines: &[Define]) -> Vec<String> {
+    let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "-lineinfo".into()];
+    options.extend(defines.iter().map(|(name, value)| format!("--define-macro={name}={value}")));
+    options
+}
+
+/// Compiles a file to machine code.
+///
+/// # Errors
+/// With the compiler's log.
+pub fn compile(source: &Source, defines: &[Define], architecture: &str) -> Result<Vec<u8>, EngineError> {
+    let text = CString::new(source.text()).map_err(|_| failed("a kernel file holds a zero byte"))?;
+    let name = CString::new(format!("{}.cu", source.name)).map_err(|_| failed("a kernel name holds a zero byte"))?;
+    let program = result::create_program(&text, Some(&name))
+        .map_err(|error| failed(format!("starting NVRTC on {}: {error}", source.name)))?;
+    let binary = compile_program(program, source, defines, architecture);
+    // SAFETY: created above, destroyed only here.
+    let _ = unsafe { result::destroy_program(program) };
+    binary
+}
+
+fn compile_program(
+    program: sys::nvrtcProgram,
+    source: &Source,
+    defines: &[Define],
+    architecture: &str,
+) -> Result<Vec<u8>, EngineError> {
+    // SAFETY: the program is alive until the caller destroys it.
+    if let Err(error) = unsafe { result::compile_program(program, &options(architecture, defines)) } {
+        // SAFETY: as above.
+        let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
+        let log: Vec<u8> = log.iter().map(|&c| c as u8).take_while(|&c| c != 0).collect();
+        return Err(failed(format!(
+            "compiling {}.cu for {architecture}: {error}\n{}",
+            source.name,
+            String::from_utf8_lossy(&log)
+        )));
+    }
+    let mut bytes = 0;
+    // SAFETY: the program was compiled; the vector has the size that NVRTC asks for.
+    let binary = unsafe {
+        sys::nvrtcGetCUBINSize(program, &mut bytes).result().and_then(|()| {
+            let mut binary = vec![0u8; bytes];
+            sys::nvrtcGetCUBIN(program, binary.as_mut_ptr().cast()).result().map(|()| binary)
+        })
+    };
+    binary.map_err(|error| failed(format!("reading the machine code of {}: {error}", source.name)))
+}
+
+/// Compiled kernels in the user's private cache folder.
+pub struct KernelCache {
+    folder: Option<PathBuf>,
+}
+
+impl KernelCache {
+    /// The cache of this user; without a home folder nothing is kept.
+    pub fn open() -> Self {
+        Self { folder: super::cache_folder().map(|folder| folder.join("kernels")) }
+    }
+
+    /// The kernel file's machine code, compiled now when it is not in the cache.
+    ///
+    /// # Errors
+    /// When it does not compile; trouble with the cache is none.
+    pub fn load(&self, source: &Source, defines: &[Define], architecture: &str) -> Result<Vec<u8>, EngineError> {
+        let (major, minor) = compiler_version()?;
+        let mut hash = Sha256::new();
+        hash.update(source.text());
+        hash.update(options(architecture, defines).join(" "));
+        hash.update(format!("nvrtc {major}.{minor}"));
+        let key: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        let path =
+            self.folder.as_ref().map(|folder| folder.join(format!("{}-{architecture}-{key}.cubin", source.name)));
+        if let Some(binary) = path.as_deref().and_then(read_checked) {
+            return Ok(binary);
+        }
+        let binary = compile(source, defines, architecture)?;
+        if let Some(path) = path
+            && let Err(error) = write_checked(&path, &binary)
+        {
+            tracing::debug!("compiled kernels are not kept: {error}");
+        }
+        Ok(binary)
+    }
+}
+
+/// Contents of a file that begins with their SHA-256; none when it is missing or damaged.
+fn read_checked(path: &Path) -> Option<Vec<u8>> {
+    let bytes = std::fs::read(path).ok()?;
+    let (digest, contents) = bytes.split_at_checked(32)?;
+    (Sha256::digest(contents).as_slice() == digest).then(|| contents.to_vec())
+}
+
+fn write_checked(path: &Path, contents: &[u8]) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let mut bytes = Sha256::digest(contents).to_vec();
+    bytes.extend_from_slice(contents);
+    std::fs::write(&temporary, bytes)?;
+    std::fs::rename(&temporary, path)
+}
+
+/// A kernel file with the macros that it is compiled with.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Variant {
+    pub file: &'static str,
+    pub defines: Vec<Define>,
+}
+
+impl From<&'static str> for Variant {
+    fn from(file: &'static str) -> Self {
+        Self { file, defines: Vec::new() }
+    }
+}
+
+/// Kernels loaded on a card, by file and entry.
+pub(super) struct Kernels {
+    architecture: String,
+    cache: KernelCache,
+    modules: HashMap<Variant, sys_driver::CUmodule>,
+    card: Arc<Card>,
+}
+
+impl Kernels {
+    pub fn new(card: &Arc<Card>) -> Result<Self, EngineError> {
+        let architecture = architecture(card.capability)?;
+        Ok(Self { architecture, cache: KernelCache::open(), modules: HashMap::new(), card: card.clone() })
+    }
+
+    /// Compiles files, side by side on the host's cores, and loads them.
+    pub fn prepare(&mut self, variants: &[Variant]) -> Result<(), EngineError> {
+        use rayon::prelude::*;
+        let missing: Vec<_> = variants.iter().filter(|variant| !self.modules.contains_key(*variant)).collect();
+        let (cache, architecture) = (&self.cache, &self.architecture);
+        let binaries: Vec<_> = missing
+            .par_iter()
+            .map(|variant| {
+                let file = variant.file;
+                let source = Source::named(file).ok_or_else(|| failed(format!("there is no kernel file {file}")))?;
+                Ok(((*variant).clone(), cache.load(source, &variant.defines, architecture)?))
+            })
+            .collect::<Result<_, EngineError>>()?;
+        self.card.bind()?;
+        for (variant, binary) in binaries {
+            // SAFETY: the bytes are a whole CUBIN, from the compiler or from a checked file.
+            let module = unsafe { driver::module::load_data(binary.as_ptr().cast()) }
+                .during(&format!("loading the kernels of {}", variant.file))?;
+            self.modules.insert(variant, module);
+        }
+        Ok(())
+    }
+
+    /// A kernel of a file.
+    pub fn function(&mut self, variant: &Variant, entry: &str) -> Result<sys_driver::CUfunction, EngineError> {
+        if !self.modules.contains_key(variant) {
+            self.prepare(std::slice::from_ref(variant))?;
+        }
+        let name = CString::new(entry).map_err(|_| failed("a kernel name holds a zero byte"))?;
+        // SAFETY: the module is loaded and lives as long as `self`.
+        unsafe { driver::module::get_function(self.modules[variant], name) }
+            .during(&format!("finding kernel {entry} of {}.cu", variant.file))
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        let _ = self.card.bind();
+        for module in self.modules.values() {
+            // SAFETY: loaded in `prepare`, unloaded only here, after the session's work has ended.
+            let _ = unsafe { driver::module::unload(*module) };
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! What `tune doctor` says about this engine, and the command that brings what is missing.
+
+use super::compile::{architecture, compiler_version};
+use super::library::{self, Library};
+use super::product;
+use crate::backend::doctor::{Finding, Report};
+
+/// Looks for driver, cards and libraries. Opens no context.
+pub fn doctor() -> Report {
+    let mut findings = Vec::new();
+    let mut usable = true;
+    for found in library::find() {
+        let name = found.library.name();
+        match &found.path {
+            Some(path) => findings.push(Finding::found(name, detail(found.library, &path.display().to_string()))),
+            None => {
+                usable = false;
+                let (what, mend) = match found.library {
+                    Library::Driver => {
+                        ("not on this machine", "install NVIDIA's driver if there is an NVIDIA card".into())
+                    }
+                    _ => ("not found on the loader's path, in CUDA folders or in the active Python", mend()),
+                };
+                findings.push(Finding::missing(name, what, mend));
+            }
+        }
+    }
+    match super::cards() {
+        Ok(cards) => {
+            let mut any = false;
+            for card in cards {
+                let name = format!("card {}", card.ordinal);
+                let (major, minor) = card.capability;
+                let gib = card.total_bytes as f64 / f64::from(1 << 30);
+                let detail = format!("{}, {gib:.1} GiB, compute capability {major}.{minor}", card.name);
+                match architecture(card.capability) {
+                    Ok(_) => {
+                        any = true;
+                        findings.push(Finding::found(name, detail));
+                    }
+                    Err(error) => findings.push(Finding::absent(name, detail, error.to_string())),
+                }
+            }
+            usable &= any;
+        }
+        Err(error) => {
+            usable = false;
+            findings.push(Finding::missing("cards", error.to_string(), "restart or reinstall NVIDIA's driver"));
+        }
+    }
+    Report { engine: super::ENGINE, usable, findings }
+}
+
+fn detail(library: Library, path: &str) -> String {
+    match library {
+        Library::Driver => path.to_string(),
+        Library::Nvrtc => match compiler_version() {
+            Ok((major, minor)) => format!("{major}.{minor}, {path}"),
+            Err(_) => path.to_string(),
+        },
+        Library::CublasLt => {
+            let version = product::version();
+            format!("{}.{}.{}, {path}", version / 10000, version / 100 % 100, version % 100)
+        }
+    }
+}
+
+fn mend() -> String {
+    "tune doctor --fix".into()
+}
+
+/// NVIDIA's libraries for a machine that has only the driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fix {
+    /// What will be brought, and how large it is, for the user to agree to.
+    pub about: String,
+    /// Program and arguments; run as they are.
+    pub command: Vec<String>,
+    /// Whether the program is on this machine; if not, the command is for the user to run elsewhere.
+    pub runnable: bool,
+}
+
+/// How to bring the libraries that are missing; none when nothing is.
+pub fn fix() -> Option<Fix> {
+    let missing: Vec<Library> =
+        library::find().iter().filter(|found| found.path.is_none()).map(|found| found.library).collect();
+    let packages: Vec<&str> = missing.iter().filter_map(|library| library.package()).collect();
+    // Without a driver NVIDIA's libraries are of no use.
+    if packages.is_empty() || missing.contains(&Library::Driver) {
+        return None;
+    }
+    let folder = library::own_folder()?.display().to_string();
+    let versioned: Vec<String> = packages.iter().map(|package| format!("{package}{}", version_bound())).collect();
+    let program = ["uv", "pip3", "pip"].into_iter().find(|program| on_path(program));
+    let mut command: Vec<String> = match program {
+        Some("uv") => vec!["uv".into(), "pip".into(), "install".into()],
+        Some(program) => vec![program.into(), "install".into()],
+        None => vec!["pip".into(), "install".into()],
+    };
+    command.extend(["--target".into(), folder.clone()]);
+    command.extend(versioned);
+    let megabytes: u32 = packages.iter().map(|package| if *package == "nvidia-cublas" { 400 } else { 90 }).sum();
+    let about = format!("{} from NVIDIA, about {megabytes} MB to download, into {folder}", packages.join(" and "));
+    Some(Fix { about, command, runnable: program.is_some() })
+}
+
+/// Newest versions that the driver runs.
+fn version_bound() -> String {
+    let mut version = 0;
+    // SAFETY: the driver was found and loaded; the pointer is a live integer.
+    let known = unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut version) }.result().is_ok();
+    // Libraries of one major version run on every driver of that version.
+    match version / 1000 {
+        13.. if known => "<14".into(),
+        _ => "<13".into(),
+    }
+}
+
+fn on_path(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.is_absolute() && folder.join(program).is_file())
+    })
+}

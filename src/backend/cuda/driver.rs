@@ -1,0 +1,328 @@
+//! The driver API as owned values: the opened card, memory, events, graphs. Errors carry what was being done.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+
+use super::ENGINE;
+use crate::backend::EngineError;
+
+/// A device error that says what was being done.
+pub(super) fn failed(what: impl Into<String>) -> EngineError {
+    EngineError::Device { engine: ENGINE, what: what.into() }
+}
+
+pub(super) fn unsupported(what: impl Into<String>) -> EngineError {
+    EngineError::Unsupported { engine: ENGINE, what: what.into() }
+}
+
+/// Turns a driver's or library's error into the engine's.
+pub(super) trait During<T> {
+    fn during(self, what: &str) -> Result<T, EngineError>;
+}
+
+impl<T> During<T> for Result<T, DriverError> {
+    fn during(self, what: &str) -> Result<T, EngineError> {
+        self.map_err(|error| {
+            if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                return EngineError::OutOfMemory { engine: ENGINE, what: what.to_string() };
+            }
+            let text = error.error_string().map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
+            failed(format!("{what}: {:?} ({text})", error.0))
+        })
+    }
+}
+
+impl<T> During<T> for Result<T, cudarc::cublaslt::result::CublasError> {
+    fn during(self, what: &str) -> Result<T, EngineError> {
+        self.map_err(|error| failed(format!("{what}: {:?}", error.0)))
+    }
+}
+
+/// An opened card: its context, and the stream on which everything runs.
+pub(super) struct Card {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    pub stream: sys::CUstream,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    pub multiprocessors: u32,
+}
+
+// SAFETY: the driver's handles may be used from any thread; each call binds the context to its thread first.
+unsafe impl Send for Card {}
+// SAFETY: as above; the driver locks its own state.
+unsafe impl Sync for Card {}
+
+/// What can be said of a card without a context on it.
+#[derive(Clone, Debug)]
+pub struct CardFacts {
+    pub ordinal: usize,
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    pub total_bytes: u64,
+    pub multiprocessors: u32,
+}
+
+fn attribute(device: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<i32, EngineError> {
+    // SAFETY: the device handle came from the driver.
+    unsafe { result::device::get_attribute(device, which) }.during("reading a device attribute")
+}
+
+/// The cards that the driver shows, in its order.
+///
+/// # Errors
+/// When the driver is there but does not start.
+pub(super) fn cards() -> Result<Vec<CardFacts>, EngineError> {
+    result::init().during("starting the NVIDIA driver")?;
+    let count = result::device::get_count().during("counting cards")?;
+    (0..count).map(facts).collect()
+}
+
+fn facts(ordinal: i32) -> Result<CardFacts, EngineError> {
+    use sys::CUdevice_attribute as A;
+    let device = result::device::get(ordinal).during("opening a card")?;
+    Ok(CardFacts {
+        ordinal: ordinal as usize,
+        name: result::device::get_name(device).during("reading a card's name")?,
+        capability: (
+            attribute(device, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(device, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        // SAFETY: the device handle came from the driver.
+        total_bytes: unsafe { result::device::total_mem(device) }.during("reading a card's memory")? as u64,
+        multiprocessors: attribute(device, A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+    })
+}
+
+impl Card {
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, EngineError> {
+        result::init().during("starting the NVIDIA driver")?;
+        let count = result::device::get_count().during("counting cards")?;
+        if ordinal as i64 >= i64::from(count) {
+            return Err(unsupported(format!("there is no card {ordinal}; the driver shows {count}")));
+        }
+        let facts = facts(ordinal as i32)?;
+        let device = result::device::get(ordinal as i32).during("opening the card")?;
+        // SAFETY: the device handle came from the driver; released in `drop`.
+        let context = unsafe { result::primary_ctx::retain(device) }.during("making a context on the card")?;
+        // SAFETY: the context was just retained.
+        unsafe { result::ctx::set_current(context) }.during("binding the context")?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).during("making a stream")?;
+        let CardFacts { capability, multiprocessors, .. } = facts;
+        Ok(Arc::new(Self { device, context, stream, capability, multiprocessors }))
+    }
+
+    /// Makes the context current on the calling thread.
+    pub fn bind(&self) -> Result<(), EngineError> {
+        // SAFETY: the context lives as long as `self`.
+        unsafe { result::ctx::set_current(self.context) }.during("binding the context")
+    }
+
+    pub fn synchronize(&self) -> Result<(), EngineError> {
+        // SAFETY: the stream lives as long as `self`.
+        unsafe { result::stream::synchronize(self.stream) }.during("waiting for the card")
+    }
+
+    /// Free and total bytes.
+    pub fn memory(&self) -> Result<(u64, u64), EngineError> {
+        self.bind()?;
+        let (free, total) = result::mem_get_info().during("reading free memory")?;
+        Ok((free as u64, total as u64))
+    }
+}
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        // SAFETY: stream and context were made in `open` and are given back only here; an error at this point
+        // means that the context is already lost.
+        unsafe {
+            let _ = result::ctx::set_current(self.context);
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// Device memory, freed when dropped.
+pub(super) struct DeviceMemory {
+    card: Arc<Card>,
+    pub pointer: u64,
+    pub bytes: u64,
+}
+
+impl DeviceMemory {
+    /// Uninitialised memory, 256-byte aligned at least.
+    pub fn new(card: &Arc<Card>, bytes: u64, what: &str) -> Result<Self, EngineError> {
+        let bytes = bytes.max(16);
+        // SAFETY: a context is current; freed in `drop`.
+        let pointer = unsafe { result::malloc_sync(bytes as usize) }.during(&format!("{bytes} bytes for {what}"))?;
+        Ok(Self { card: card.clone(), pointer, bytes })
+    }
+
+    /// Memory with these contents.
+    pub fn with(card: &Arc<Card>, bytes: &[u8], what: &str) -> Result<Self, EngineError> {
+        let memory = Self::new(card, bytes.len() as u64, what)?;
+        write(card, memory.pointer, bytes)?;
+        Ok(memory)
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        let _ = self.card.bind();
+        // SAFETY: allocated in `new`, freed only here.
+        let _ = unsafe { result::free_sync(self.pointer) };
+    }
+}
+
+/// Copies host bytes to the device, in the order of the stream; the bytes may change when the call returns.
+pub(super) fn write(card: &Card, pointer: u64, bytes: &[u8]) -> Result<(), EngineError> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: callers pass a range of device memory that they own. The source is pageable memory, which the driver
+    // copies aside before it returns.
+    unsafe { result::memcpy_htod_async(pointer, bytes, card.stream) }.during("copying to the card")
+}
+
+/// Copies device bytes to the host after all work on the stream.
+pub(super) fn read(card: &Card, pointer: u64, bytes: &mut [u8]) -> Result<(), EngineError> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: callers pass a range of device memory that they own; the stream is waited for before returning.
+    unsafe { result::memcpy_dtoh_async(bytes, pointer, card.stream) }.during("copying from the card")?;
+    card.synchronize()
+}
+
+/// Zeroes device memory, in the order of the stream.
+pub(super) fn zero(card: &Card, pointer: u64, bytes: u64) -> Result<(), EngineError> {
+    // SAFETY: callers pass a range of device memory that they own.
+    unsafe { result::memset_d8_async(pointer, 0, bytes as usize, card.stream) }.during("zeroing memory")
+}
+
+/// Page-locked host memory, for copies that run beside other work.
+pub(super) struct PinnedMemory {
+    card: Arc<Card>,
+    start: *mut u8,
+    bytes: usize,
+}
+
+impl PinnedMemory {
+    pub fn new(card: &Arc<Card>, bytes: usize) -> Result<Self, EngineError> {
+        // SAFETY: a context is current; freed in `drop`.
+        let start = unsafe { result::malloc_host(bytes, 0) }.during("page-locked memory on the host")?;
+        Ok(Self { card: card.clone(), start: start.cast(), bytes })
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: allocated with this length, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+
+    /// Starts copying the first `bytes` to the device; they must not change until the stream has passed.
+    pub fn send(&self, pointer: u64, bytes: usize) -> Result<(), EngineError> {
+        debug_assert!(bytes <= self.bytes);
+        // SAFETY: the source lives as long as `self`, whose owner waits before it drops or refills it.
+        unsafe { sys::cuMemcpyHtoDAsync_v2(pointer, self.start.cast::<c_void>(), bytes, self.card.stream) }
+            .result()
+            .during("streaming weights to the card")
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        let _ = self.card.bind();
+        // SAFETY: allocated in `new`, freed only here.
+        let _ = unsafe { result::free_host(self.start.cast()) };
+    }
+}
+
+/// A point in the stream, with a time.
+pub(super) struct Event {
+    card: Arc<Card>,
+    event: sys::CUevent,
+}
+
+impl Event {
+    pub fn new(card: &Arc<Card>) -> Result<Self, EngineError> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).during("making an event")?;
+        Ok(Self { card: card.clone(), event })
+    }
+
+    pub fn record(&self) -> Result<(), EngineError> {
+        // SAFETY: event and stream are alive.
+        unsafe { result::event::record(self.event, self.card.stream) }.during("recording an event")
+    }
+
+    pub fn wait(&self) -> Result<(), EngineError> {
+        // SAFETY: the event is alive.
+        unsafe { result::event::synchronize(self.event) }.during("waiting for an event")
+    }
+
+    /// Milliseconds from this event to a later one; both have passed.
+    pub fn milliseconds_until(&self, later: &Event) -> Result<f32, EngineError> {
+        // SAFETY: both events are alive.
+        unsafe { result::event::elapsed(self.event, later.event) }.during("reading a time")
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let _ = self.card.bind();
+        // SAFETY: created in `new`, destroyed only here.
+        let _ = unsafe { result::event::destroy(self.event) };
+    }
+}
+
+/// A captured sequence of launches.
+pub(super) struct Graph {
+    card: Arc<Card>,
+    graph: sys::CUgraph,
+    executable: sys::CUgraphExec,
+}
+
+impl Graph {
+    /// Records what `launch` puts on the stream, without running it.
+    pub fn capture(card: &Arc<Card>, launch: impl FnOnce() -> Result<(), EngineError>) -> Result<Self, EngineError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive and not capturing.
+        unsafe { result::stream::begin_capture(card.stream, mode) }.during("starting a graph")?;
+        let launched = launch();
+        // SAFETY: capture was begun above; it is ended even where a launch failed.
+        let graph = unsafe { result::stream::end_capture(card.stream) }.during("ending a graph");
+        launched?;
+        let graph = graph?;
+        let mut executable = std::ptr::null_mut();
+        // SAFETY: the graph was just captured.
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) }.result();
+        if let Err(error) = made.during("instantiating a graph") {
+            // SAFETY: the graph is destroyed only here.
+            let _ = unsafe { result::graph::destroy(graph) };
+            return Err(error);
+        }
+        // SAFETY: both handles are alive.
+        unsafe { result::graph::upload(executable, card.stream) }.during("uploading a graph")?;
+        Ok(Self { card: card.clone(), graph, executable })
+    }
+
+    pub fn launch(&self) -> Result<(), EngineError> {
+        // SAFETY: graph and stream are alive.
+        unsafe { result::graph::launch(self.executable, self.card.stream) }.during("replaying a graph")
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        let _ = self.card.bind();
+        // SAFETY: made in `capture`, destroyed only here.
+        unsafe {
+            let _ = result::graph::exec_destroy(self.executable);
+            let _ = result::graph::destroy(self.graph);
+        }
+    }
+}

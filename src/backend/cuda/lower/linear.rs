@@ -1,0 +1,531 @@
+//! Linear operations: as few products as memory layout allows.
+//!
+//! Neighbouring projections whose weights lie end to end and whose outputs lie side by side run as one product.
+//! Quantized weights are unpacked into scratch, a part that fits at a time.
+
+use super::Lowering;
+use crate::backend::EngineError;
+use crate::backend::cuda::command::arguments;
+use crate::backend::cuda::driver::unsupported;
+use crate::backend::cuda::memory::{Nf4Parts, SCRATCH_BYTES};
+use crate::backend::cuda::product::{Alpha, Matrix, Product};
+use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Projection, ProjectionBackward};
+
+/// `Some` joined matrix when `second` follows `first` in memory row by row.
+fn stacked(first: Matrix, second: Matrix) -> Option<Matrix> {
+    let bytes = (first.rows * first.stride) as u64 * if first.dtype == DType::F32 { 4 } else { 2 };
+    let fits = first.dtype == second.dtype
+        && first.columns == second.columns
+        && first.stride == second.stride
+        && first.stride == first.columns
+        && first.pointer + bytes == second.pointer;
+    fits.then(|| Matrix { rows: first.rows + second.rows, ..first })
+}
+
+/// `Some` joined matrix when `second` lies right of `first` in the same rows.
+fn side_by_side(first: Matrix, second: Matrix) -> Option<Matrix> {
+    let bytes = first.columns as u64 * if first.dtype == DType::F32 { 4 } else { 2 };
+    let fits = first.dtype == second.dtype
+        && first.rows == second.rows
+        && first.stride == second.stride
+        && first.pointer + bytes == second.pointer;
+    fits.then(|| Matrix { columns: first.columns + second.columns, ..first })
+}
+
+/// A pair of matrices of one product: stacked rows of the first go with columns of the second.
+type Pair = (Matrix, Matrix);
+
+/// Joins neighbours of a list where both matrices touch.
+fn join(pairs: impl IntoIterator<Item = Pair>) -> Vec<Pair> {
+    let mut joined: Vec<Pair> = Vec::new();
+    for (rows, columns) in pairs {
+        if let Some(last) = joined.last_mut()
+            && let (Some(both_rows), Some(both_columns)) = (stacked(last.0, rows), side_by_side(last.1, columns))
+        {
+            *last = (both_rows, both_columns);
+        } else {
+            joined.push((rows, columns));
+        }
+    }
+    joined
+}
+
+impl Lowering<'_> {
+    pub(super) fn linear(&mut self, input: BufferId, projections: &[Projection]) -> Result<(), EngineError> {
+        self.expect("linear", &[input], DType::BF16)?;
+        let x = self.matrix(input);
+        let biased = projections.iter().any(|projection| projection.bias.is_some());
+        for projection in projections.iter().filter(|projection| projection.bias.is_some()) {
+            self.broadcast_bias(projection)?;
+        }
+        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
+        if self.all_quantized(&weights)? {
+            for projection in projections {
+                let output = self.columns(projection.output);
+                self.quantized_forward(x, projection.weight, output, projection.bias.is_some())?;
+            }
+        } else if biased {
+            // A bias is there before the product adds to it: only projections alike may be joined.
+            for has_bias in [false, true] {
+                let alike = projections.iter().filter(|projection| projection.bias.is_some() == has_bias);
+                let pairs: Vec<Pair> = alike.map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
+                self.forward_products(x, pairs, has_bias)?;
+            }
+        } else {
+            let pairs: Vec<Pair> =
+                projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
+            self.forward_products(x, pairs, false)?;
+        }
+        let adapted: Vec<(&Projection, &Lora)> = projections
+            .iter()
+            .filter_map(|projection| projection.lora.as_ref().map(|lora| (projection, lora)))
+            .collect();
+        for (_, lora) in &adapted {
+            self.expect("linear", &[lora.a, lora.b, lora.middle.buffer], DType::BF16)?;
+        }
+        let plain = adapted.iter().filter(|(_, lora)| lora.dropout.is_none());
+        let pairs: Vec<Pair> = plain.map(|(_, lora)| (self.matrix(lora.a), self.columns(lora.middle))).collect();
+        self.forward_products(x, pairs, false)?;
+        for (_, lora) in &adapted {
+            if let Some(dropout) = lora.dropout {
+                self.dropped_middle(x, lora, dropout)?;
+            }
+        }
+        for (projection, lora) in adapted {
+            self.product(Product {
+                left: self.columns(lora.middle),
+                left_transposed: false,
+                right: self.matrix(lora.b),
+                right_transposed: true,
+                output: self.columns(projection.output),
+                alpha: Alpha::Device(self.address(lora.scale)),
+                accumulate: true,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// `columns (+)= x · rowsᵀ` for each pair, neighbours joined.
+    fn forward_products(&mut self, x: Matrix, pairs: Vec<Pair>, accumulate: bool) -> Result<(), EngineError> {
+        for (weight, output) in join(pairs) {
+            self.product(Product {
+                left: x,
+                left_transposed: false,
+                right: weight,
+                right_transposed: true,
+                output,
+                alpha: Alpha::One,
+                accumulate,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn broadcast_bias(&mut self, projection: &Projection) -> Result<(), EngineError> {
+        let Some(bias) = projection.bias else {
+            return Ok(());
+        };
+        self.expect("linear with a bias", &[projection.output.buffer], DType::BF16)?;
+        let output = self.columns(projection.output);
+        let kind = match self.memory.stored(bias) {
+            kind @ (DType::BF16 | DType::F32) => kind.name(),
+            other => return Err(unsupported(format!("a bias in {}", other.name()))),
+        };
+        let arguments = arguments![output.pointer, output.stride as i64, self.address(bias), output.columns as i32];
+        let grid = [output.rows, output.columns.div_ceil(256), 1];
+        self.launch("bias", &format!("bias_{kind}"), grid, 256, arguments)
+    }
+
+    /// `middle = drop(x) · aᵀ`, in chunks of rows that fit the scratch.
+    fn dropped_middle(&mut self, x: Matrix, lora: &Lora, dropout: Dropout) -> Result<(), EngineError> {
+        let (a, middle) = (self.matrix(lora.a), self.columns(lora.middle));
+        for (first, rows) in row_chunks(x) {
+            let dropped = self.dropped(x, first, rows, dropout)?;
+            self.product(Product {
+                left: dropped,
+                left_transposed: false,
+                right: a,
+                right_transposed: true,
+                output: middle.slice_rows(first, rows),
+                alpha: Alpha::One,
+                accumulate: false,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Rows of `drop(x)` in scratch.
+    fn dropped(&mut self, x: Matrix, first: usize, rows: usize, dropout: Dropout) -> Result<Matrix, EngineError> {
+        let to = Matrix::new(self.memory.scratch.pointer, DType::BF16, rows, x.columns);
+        let from = x.slice_rows(first, rows);
+        self.launch(
+            "dropout",
+            "dropout",
+            [rows, x.columns.div_ceil(256), 1],
+            256,
+            arguments![
+                from.pointer,
+                to.pointer,
+                self.address(dropout.key),
+                dropout.stream,
+                first as i32,
+                x.columns as i32,
+                dropout.probability,
+                1.0 / (1.0 - dropout.probability),
+            ],
+        )?;
+        Ok(to)
+    }
+
+    pub(super) fn linear_backward(
+        &mut self,
+        input: BufferId,
+        grad_input: Option<BufferId>,
+        projections: &[ProjectionBackward],
+    ) -> Result<(), EngineError> {
+        self.expect("linear_backward", &[input], DType::BF16)?;
+        self.expect("linear_backward", grad_input.as_slice(), DType::BF16)?;
+        let x = self.matrix(input);
+        let grad_input = grad_input.map(|id| self.matrix(id));
+        if let Some(grad_input) = grad_input {
+            self.grad_input(grad_input, projections)?;
+        }
+        let mut pairs = Vec::new();
+        for projection in projections {
+            let grad_output = self.columns(projection.grad_output);
+            self.expect("linear_backward", &[projection.grad_output.buffer], DType::BF16)?;
+            if let Some(grad_weight) = projection.grad_weight {
+                self.expect("linear_backward", &[grad_weight], DType::F32)?;
+                pairs.push((self.matrix(grad_weight), grad_output));
+            }
+            if let Some(grad_bias) = projection.grad_bias {
+                self.column_sum(grad_output, grad_bias)?;
+            }
+        }
+        self.weight_gradients(x, pairs)?;
+        self.lora_backward(x, grad_input, projections)
+    }
+
+    /// `grad_input = Σ grad_output · weight`.
+    fn grad_input(&mut self, grad_input: Matrix, projections: &[ProjectionBackward]) -> Result<(), EngineError> {
+        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
+        if self.all_quantized(&weights)? {
+            return self.quantized_backward(grad_input, projections);
+        }
+        let pairs: Vec<Pair> =
+            projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.grad_output))).collect();
+        for (index, (weight, grad_output)) in join(pairs).into_iter().enumerate() {
+            self.product(Product {
+                left: grad_output,
+                left_transposed: false,
+                right: weight,
+                right_transposed: false,
+                output: grad_input,
+                alpha: Alpha::One,
+                accumulate: index > 0,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// `rows += columnsᵀ · x` for each pair, neighbours joined.
+    fn weight_gradients(&mut self, x: Matrix, pairs: Vec<Pair>) -> Result<(), EngineError> {
+        for (gradient, grad_output) in join(pairs) {
+            self.product(Product {
+                left: grad_output,
+                left_transposed: true,
+                right: x,
+                right_transposed: false,
+                output: gradient,
+                alpha: Alpha::One,
+                accumulate: true,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn lora_backward(
+        &mut self,
+        x: Matrix,
+        grad_input: Option<Matrix>,
+        projections: &[ProjectionBackward],
+    ) -> Result<(), EngineError> {
+        let adapted: Vec<(&ProjectionBackward, &LoraBackward)> = projections
+            .iter()
+            .filter_map(|projection| projection.lora.as_ref().map(|lora| (projection, lora)))
+            .collect();
+        for (projection, lora) in &adapted {
+            let compute = [lora.a, lora.b, lora.middle.buffer, lora.grad_middle.buffer];
+            self.expect("linear_backward", &compute, DType::BF16)?;
+            self.expect("linear_backward", &[lora.grad_a, lora.grad_b], DType::F32)?;
+            let grad_output = self.columns(projection.grad_output);
+            let scale = Alpha::Device(self.address(lora.scale));
+            self.product(Product {
+                left: grad_output,
+                left_transposed: false,
+                right: self.matrix(lora.b),
+                right_transposed: false,
+                output: self.columns(lora.grad_middle),
+                alpha: scale,
+                accumulate: false,
+            })?;
+            self.product(Product {
+                left: grad_output,
+                left_transposed: true,
+                right: self.columns(lora.middle),
+                right_transposed: false,
+                output: self.matrix(lora.grad_b),
+                alpha: scale,
+                accumulate: true,
+            })?;
+        }
+        let plain: Vec<&LoraBackward> =
+            adapted.iter().map(|(_, lora)| *lora).filter(|lora| lora.dropout.is_none()).collect();
+        let pairs = plain.iter().map(|lora| (self.matrix(lora.grad_a), self.columns(lora.grad_middle))).collect();
+        self.weight_gradients(x, pairs)?;
+        if let Some(grad_input) = grad_input {
+            let pairs: Vec<Pair> =
+                plain.iter().map(|lora| (self.matrix(lora.a), self.columns(lora.grad_middle))).collect();
+            for (a, grad_middle) in join(pairs) {
+                self.product(Product {
+                    left: grad_middle,
+                    left_transposed: false,
+                    right: a,
+                    right_transposed: false,
+                    output: grad_input,
+                    alpha: Alpha::One,
+                    accumulate: true,
+                })?;
+            }
+        }
+        for (_, lora) in adapted {
+            if let Some(dropout) = lora.dropout {
+                self.dropped_backward(x, grad_input, lora, dropout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `grad_a += gᵀ · drop(x)`, `grad_input += drop'(g · a)`, in chunks of rows that fit the scratch.
+    fn dropped_backward(
+        &mut self,
+        x: Matrix,
+        grad_input: Option<Matrix>,
+        lora: &LoraBackward,
+        dropout: Dropout,
+    ) -> Result<(), EngineError> {
+        let (a, grad_a, grad_middle) = (self.matrix(lora.a), self.matrix(lora.grad_a), self.columns(lora.grad_middle));
+        for (first, rows) in row_chunks(x) {
+            let grad_middle = grad_middle.slice_rows(first, rows);
+            let dropped = self.dropped(x, first, rows, dropout)?;
+            self.product(Product {
+                left: grad_middle,
+                left_transposed: true,
+                right: dropped,
+                right_transposed: false,
+                output: grad_a,
+                alpha: Alpha::One,
+                accumulate: true,
+            })?;
+            let Some(grad_input) = grad_input else {
+                continue;
+            };
+            // The dropped input is used up: its place takes g · a.
+            self.product(Product {
+                left: grad_middle,
+                left_transposed: false,
+                right: a,
+                right_transposed: false,
+                output: dropped,
+                alpha: Alpha::One,
+                accumulate: false,
+            })?;
+            let to = grad_input.slice_rows(first, rows);
+            self.launch(
+                "dropout",
+                "dropout_backward",
+                [rows, x.columns.div_ceil(256), 1],
+                256,
+                arguments![
+                    dropped.pointer,
+                    to.pointer,
+                    self.address(dropout.key),
+                    dropout.stream,
+                    first as i32,
+                    x.columns as i32,
+                    dropout.probability,
+                    1.0 / (1.0 - dropout.probability),
+                ],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Whether the weights are quantized: all of them or none.
+    fn all_quantized(&self, weights: &[BufferId]) -> Result<bool, EngineError> {
+        let mut quantized = 0;
+        for &id in weights {
+            match self.memory.stored(id) {
+                DType::BF16 => {}
+                DType::Nf4 => quantized += 1,
+                other => {
+                    let name = &self.workload.buffer(id).name;
+                    return Err(unsupported(format!("{name} held in {}; products take bf16 and nf4", other.name())));
+                }
+            }
+        }
+        match quantized {
+            0 => Ok(false),
+            all if all == weights.len() => Ok(true),
+            _ => Err(unsupported("a linear operation on quantized and plain weights together")),
+        }
+    }
+
+    /// Unpacks a block of a quantized weight to `to`.
+    fn unpack(
+        &mut self,
+        weight: BufferId,
+        (first_row, rows): (usize, usize),
+        (first_column, columns): (usize, usize),
+        to: u64,
+    ) -> Result<(), EngineError> {
+        let length = self.width(weight);
+        let parts = Nf4Parts::at(self.address(weight), (self.rows(weight) * length) as u64);
+        let tables = self.tables.pointer();
+        if length.is_multiple_of(64) && first_column.is_multiple_of(64) && columns.is_multiple_of(64) {
+            let arguments = arguments![
+                parts.codes,
+                parts.scale_codes,
+                parts.second_scales,
+                parts.offset,
+                tables,
+                to,
+                length as i64,
+                first_row as i64,
+                first_column as i64,
+                columns as i32,
+            ];
+            return self.launch("nf4", "nf4_dequantize", [columns.div_ceil(8 * 128), rows, 1], 128, arguments);
+        }
+        if columns != length {
+            return Err(unsupported(format!("4-bit weights with rows of {length}, not a multiple of 64")));
+        }
+        let elements = rows * length;
+        let arguments = arguments![
+            parts.codes,
+            parts.scale_codes,
+            parts.second_scales,
+            parts.offset,
+            tables,
+            to,
+            (first_row * length) as i64,
+            elements as i64,
+        ];
+        self.launch("nf4", "nf4_dequantize_any", [elements.div_ceil(256), 1, 1], 256, arguments)
+    }
+
+    /// `output (+)= x · weightᵀ`, a block of the weight's rows at a time.
+    fn quantized_forward(
+        &mut self,
+        x: Matrix,
+        weight: BufferId,
+        output: Matrix,
+        accumulate: bool,
+    ) -> Result<(), EngineError> {
+        let (rows, columns) = (self.rows(weight), self.width(weight));
+        let scratch = self.memory.scratch.pointer;
+        for (first, count) in blocks(rows, SCRATCH_BYTES as usize / (2 * columns), 128) {
+            self.unpack(weight, (first, count), (0, columns), scratch)?;
+            self.product(Product {
+                left: x,
+                left_transposed: false,
+                right: Matrix::new(scratch, DType::BF16, count, columns),
+                right_transposed: true,
+                output: output.slice_columns(first, count),
+                alpha: Alpha::One,
+                accumulate,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// `grad_input = Σ grad_output · weight`, a block of columns at a time with the rows of all projections whose
+    /// output gradients lie side by side: every element is summed in one product.
+    fn quantized_backward(
+        &mut self,
+        grad_input: Matrix,
+        projections: &[ProjectionBackward],
+    ) -> Result<(), EngineError> {
+        let mut groups: Vec<(Vec<BufferId>, Matrix)> = Vec::new();
+        for projection in projections {
+            let grad_output = self.columns(projection.grad_output);
+            if let Some((weights, last)) = groups.last_mut()
+                && let Some(joined) = side_by_side(*last, grad_output)
+            {
+                weights.push(projection.weight);
+                *last = joined;
+            } else {
+                groups.push((vec![projection.weight], grad_output));
+            }
+        }
+        let scratch = self.memory.scratch.pointer;
+        for (index, (weights, grad_output)) in groups.into_iter().enumerate() {
+            let columns = grad_input.columns;
+            let whole = !columns.is_multiple_of(64);
+            let fitting = SCRATCH_BYTES as usize / (2 * grad_output.columns);
+            if whole && fitting < columns {
+                return Err(unsupported(format!("4-bit weights with rows of {columns}, not a multiple of 64")));
+            }
+            let column_blocks = if whole { vec![(0, columns)] } else { blocks(columns, fitting, 64) };
+            for (first, count) in column_blocks {
+                let mut to = scratch;
+                for &weight in &weights {
+                    let rows = self.rows(weight);
+                    self.unpack(weight, (0, rows), (first, count), to)?;
+                    to += (2 * rows * count) as u64;
+                }
+                self.product(Product {
+                    left: grad_output,
+                    left_transposed: false,
+                    right: Matrix::new(scratch, DType::BF16, grad_output.columns, count),
+                    right_transposed: false,
+                    output: grad_input.slice_columns(first, count),
+                    alpha: Alpha::One,
+                    accumulate: index > 0,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Chunks of rows of a bf16 matrix that fit the scratch: (first, rows).
+fn row_chunks(matrix: Matrix) -> Vec<(usize, usize)> {
+    blocks(matrix.rows, SCRATCH_BYTES as usize / (2 * matrix.columns), 64)
+}
+
+/// Cuts `total` into as few blocks of at most `most` as go, evenly, at multiples of `unit` where they fit.
+fn blocks(total: usize, most: usize, unit: usize) -> Vec<(usize, usize)> {
+    if total <= most {
+        return vec![(0, total)];
+    }
+    let most = if most >= unit { most / unit * unit } else { most.max(1) };
+    let count = total.div_ceil(most);
+    let even = total.div_ceil(count).next_multiple_of(if most >= unit { unit } else { 1 }).min(most);
+    (0..total).step_by(even).map(|first| (first, even.min(total - first))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::blocks;
+
+    #[test]
+    fn blocks_cover_everything_once_and_stay_below_the_limit() {
+        for (total, most, unit) in [(28672, 1170, 64), (100, 1000, 64), (4097, 1024, 128), (10, 3, 64), (1, 1, 64)] {
+            let cut = blocks(total, most, unit);
+            assert_eq!(cut.iter().map(|(_, count)| count).sum::<usize>(), total);
+            assert!(cut.iter().all(|&(first, count)| count <= most && (first % unit == 0 || most < unit)));
+            assert!(cut.windows(2).all(|pair| pair[0].0 + pair[0].1 == pair[1].0));
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! From operations to launches.
+//!
+//! Everything is decided once, when a session opens: kernel variants, grids, pointers, product algorithms. Running
+//! a program is then a walk over a list, or the replay of a graph made from it.
+
+mod attention;
+mod elementwise;
+mod head;
+mod linear;
+mod optimizer;
+
+use std::sync::Arc;
+
+use super::command::{Command, Launch, Slot};
+use super::compile::{Kernels, Variant};
+use super::driver::{Card, DeviceMemory, unsupported};
+use super::memory::Memory;
+use super::product::{Matrix, Product, Products};
+use super::tables::Tables;
+use crate::backend::EngineError;
+use crate::program::{BufferId, Columns, DType, Op, Workload};
+
+pub(super) struct Lowering<'a> {
+    pub card: &'a Arc<Card>,
+    pub workload: &'a Workload,
+    pub memory: &'a Memory,
+    pub kernels: &'a mut Kernels,
+    pub products: &'a mut Products,
+    pub tables: &'a Tables,
+    /// Tables that launches point to; they live as long as the session.
+    pub kept: &'a mut Vec<DeviceMemory>,
+    commands: Vec<Command>,
+}
+
+impl<'a> Lowering<'a> {
+    pub fn new(
+        card: &'a Arc<Card>,
+        workload: &'a Workload,
+        memory: &'a Memory,
+        kernels: &'a mut Kernels,
+        products: &'a mut Products,
+        tables: &'a Tables,
+        kept: &'a mut Vec<DeviceMemory>,
+    ) -> Self {
+        Self { card, workload, memory, kernels, products, tables, kept, commands: Vec::new() }
+    }
+
+    /// The launches of one operation.
+    ///
+    /// # Errors
+    /// When the operation has a shape or type that no kernel here takes.
+    pub fn lower(&mut self, op: &Op) -> Result<Vec<Command>, EngineError> {
+        match op {
+            Op::Embedding { .. }
+            | Op::EmbeddingBackward { .. }
+            | Op::RmsNorm { .. }
+            | Op::RmsNormBackward { .. }
+            | Op::Rope { .. }
+            | Op::Glu { .. }
+            | Op::GluBackward { .. }
+            | Op::GatherRows { .. }
+            | Op::Cast { .. }
+            | Op::Zero { .. } => self.elementwise(op)?,
+            Op::Linear { input, projections } => self.linear(*input, projections)?,
+            Op::LinearBackward { input, grad_input, projections } => {
+                self.linear_backward(*input, *grad_input, projections)?;
+            }
+            Op::Attention { .. } | Op::AttentionBackward { .. } | Op::CachedAttention { .. } => self.attention(op)?,
+            Op::LinearCrossEntropy { .. } => self.head(op)?,
+            Op::GradientNorm { gradients, norm } => self.gradient_norm(gradients, *norm)?,
+            Op::AdamW { .. } => self.adamw(op)?,
+        }
+        Ok(std::mem::take(&mut self.commands))
+    }
+
+    fn launch(
+        &mut self,
+        file: &'static str,
+        entry: &str,
+        grid: [usize; 3],
+        threads: u32,
+        arguments: Vec<Slot>,
+    ) -> Result<(), EngineError> {
+        self.launch_variant(&file.into(), entry, grid, threads, 0, arguments)
+    }
+
+    fn launch_variant(
+        &mut self,
+        file: &Variant,
+        entry: &str,
+        grid: [usize; 3],
+        threads: u32,
+        shared_bytes: usize,
+        arguments: Vec<Slot>,
+    ) -> Result<(), EngineError> {
+        let function = self.kernels.function(file, entry)?;
+        if grid[0] > i32::MAX as usize || grid[1] > 65_535 || grid[2] > 65_535 {
+            return Err(unsupported(format!("{entry} would need a grid of {grid:?} blocks")));
+        }
+        if shared_bytes > 48 << 10 {
+            use super::driver::During;
+            let attribute = cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function was just found in a loaded module.
+            unsafe {
+                cudarc::driver::result::function::set_function_attribute(function, attribute, shared_bytes as i32)
+            }
+            .during(&format!("giving {entry} {shared_bytes} bytes of shared memory"))?;
+        }
+        self.commands.push(Command::Launch(Launch {
+            function,
+            grid: grid.map(|n| n as u32),
+            threads,
+            shared_bytes: shared_bytes as u32,
+            arguments,
+            entry: entry.to_string(),
+        }));
+        Ok(())
+    }
+
+    fn product(&mut self, product: Product) -> Result<(), EngineError> {
+        let prepared = self.products.prepare(product)?;
+        self.commands.push(Command::Product(Box::new(prepared)));
+        Ok(())
+    }
+
+    fn zero(&mut self, pointer: u64, bytes: u64) {
+        self.commands.push(Command::Zero { pointer, bytes });
+    }
+
+    fn address(&self, id: BufferId) -> u64 {
+        self.memory.address(id)
+    }
+
+    fn optional(&self, id: Option<BufferId>) -> u64 {
+        id.map_or(0, |id| self.address(id))
+    }
+
+    fn matrix(&self, id: BufferId) -> Matrix {
+        self.memory.matrix(self.workload, id)
+    }
+
+    fn columns(&self, columns: Columns) -> Matrix {
+        self.memory.columns(self.workload, columns)
+    }
+
+    fn rows(&self, id: BufferId) -> usize {
+        self.workload.buffer(id).rows()
+    }
+
+    fn width(&self, id: BufferId) -> usize {
+        self.workload.buffer(id).columns()
+    }
+
+    /// Refuses buffers that are held in another type than the kernels of an operation take.
+    fn expect(&self, op: &str, ids: &[BufferId], dtype: DType) -> Result<(), EngineError> {
+        for &id in ids {
+            if self.memory.stored(id) != dtype {
+                let buffer = self.workload.buffer(id);
+                let (held, wanted) = (self.memory.stored(id).name(), dtype.name());
+                return Err(unsupported(format!("{op} with {} in {held}; its kernels take {wanted}", buffer.name)));
+            }
+        }
+        Ok(())
+    }
+
+    /// A table in device memory that lives as long as the session.
+    fn keep(&mut self, bytes: &[u8], what: &str) -> Result<u64, EngineError> {
+        let memory = DeviceMemory::with(self.card, bytes, what)?;
+        let pointer = memory.pointer;
+        self.kept.push(memory);
+        Ok(pointer)
+    }
+}
+
+/// Vector width that rows of this many columns allow, when they start at these addresses: 8 or 1.
+fn vector(columns: usize, pointers: &[u64]) -> usize {
+    if columns.is_multiple_of(8) && pointers.iter().all(|pointer| pointer.is_multiple_of(16)) { 8 } else { 1 }
+}
+
+/// Threads of a block that walks over one row.
+fn row_threads(columns: usize, vector: usize) -> u32 {
+    (columns / vector).next_power_of_two().clamp(32, 256) as u32
+}

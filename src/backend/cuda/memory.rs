@@ -1,0 +1,197 @@
+//! Where every buffer of a plan lies on the card.
+//!
+//! Persistent buffers share one allocation. The weights of one linear operation lie end to end (and so do its LoRA
+//! matrices and their gradients), so that projections that share an input run as one product.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::driver::{Card, DeviceMemory, failed, zero};
+use super::product::Matrix;
+use crate::backend::EngineError;
+use crate::program::{Access, Buffer, BufferId, Columns, DType, Kind, Op, Placement, Plan, Workload};
+
+/// Scratch of the engine: unpacked weights, dropped-out inputs, partial sums, weights on their way in.
+pub(super) const SCRATCH_BYTES: u64 = 64 << 20;
+
+const ALIGNMENT: u64 = 256;
+
+/// A weight in 4 bits: where its parts lie.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Nf4Parts {
+    /// Two values a byte.
+    pub codes: u64,
+    /// One byte a block of 64 values.
+    pub scale_codes: u64,
+    /// One f32 for 256 blocks.
+    pub second_scales: u64,
+    /// One f32: the mean of the scales.
+    pub offset: u64,
+    end: u64,
+}
+
+impl Nf4Parts {
+    pub fn at(start: u64, elements: u64) -> Self {
+        let blocks = elements.div_ceil(64);
+        let scale_codes = (start + elements.div_ceil(2)).next_multiple_of(16);
+        let second_scales = (scale_codes + blocks).next_multiple_of(16);
+        let offset = second_scales + 4 * blocks.div_ceil(256);
+        Self { codes: start, scale_codes, second_scales, offset, end: offset + 4 }
+    }
+}
+
+/// How a buffer is held on this card. Frozen matrices are bf16 whatever the checkpoint has; frozen vectors are bf16
+/// or f32.
+fn stored(buffer: &Buffer, written: bool) -> DType {
+    match (buffer.kind, buffer.dtype) {
+        (Kind::Weight, DType::F32 | DType::F16) if !written && buffer.shape.len() > 1 => DType::BF16,
+        (Kind::Weight, DType::F16) => DType::F32,
+        (_, dtype) => dtype,
+    }
+}
+
+fn stored_bytes(buffer: &Buffer, dtype: DType) -> u64 {
+    match dtype {
+        DType::Nf4 => Nf4Parts::at(0, buffer.elements() as u64).end,
+        _ => dtype.bytes(&buffer.shape),
+    }
+}
+
+pub(super) struct Memory {
+    addresses: Vec<u64>,
+    stored: Vec<DType>,
+    persistent: DeviceMemory,
+    segments: Vec<DeviceMemory>,
+    pub scratch: DeviceMemory,
+}
+
+impl Memory {
+    /// Allocates everything, zeroed.
+    pub fn new(card: &Arc<Card>, plan: &Plan) -> Result<Self, EngineError> {
+        let workload = &plan.workload;
+        let mut written = vec![false; workload.buffers.len()];
+        for step in workload.programs.iter().flat_map(|program| &program.steps) {
+            for (id, access) in step.op.accesses() {
+                written[id.index()] |= access != Access::Read;
+            }
+        }
+        let stored: Vec<DType> =
+            workload.buffers.iter().zip(&written).map(|(buffer, &written)| stored(buffer, written)).collect();
+        let mut addresses = vec![0; workload.buffers.len()];
+        let mut end = 0u64;
+        for group in groups(workload) {
+            let mut next = end.next_multiple_of(ALIGNMENT);
+            for id in group {
+                // Members that end on no 16-byte boundary cannot touch.
+                let start = if next.is_multiple_of(16) { next } else { next.next_multiple_of(ALIGNMENT) };
+                addresses[id.index()] = start;
+                next = start + stored_bytes(workload.buffer(id), stored[id.index()]);
+            }
+            end = next;
+        }
+        let persistent = DeviceMemory::new(card, end, "weights, adapter, gradients and optimizer state")?;
+        let mut segments = Vec::new();
+        for (index, &bytes) in plan.segments.iter().enumerate() {
+            segments.push(DeviceMemory::new(card, bytes, &format!("arena segment {index}"))?);
+        }
+        let scratch = DeviceMemory::new(card, SCRATCH_BYTES, "scratch")?;
+        for (index, buffer) in workload.buffers.iter().enumerate() {
+            addresses[index] = match plan.placements[index] {
+                Placement::Arena { segment, offset } => {
+                    if offset + buffer.bytes() > segments[segment].bytes {
+                        return Err(failed(format!("{} does not fit its arena segment", buffer.name)));
+                    }
+                    segments[segment].pointer + offset
+                }
+                // A transient buffer that no program touches has no place and needs none.
+                Placement::Own if buffer.kind.is_transient() => 0,
+                Placement::Own => addresses[index] + persistent.pointer,
+            };
+        }
+        let memory = Self { addresses, stored, persistent, segments, scratch };
+        zero(card, memory.persistent.pointer, memory.persistent.bytes)?;
+        memory.zero_arena(card)?;
+        Ok(memory)
+    }
+
+    pub fn zero_arena(&self, card: &Card) -> Result<(), EngineError> {
+        self.segments.iter().try_for_each(|segment| zero(card, segment.pointer, segment.bytes))
+    }
+
+    /// Pointer and bytes of each arena segment.
+    pub fn segments(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.segments.iter().map(|segment| (segment.pointer, segment.bytes))
+    }
+
+    pub fn allocated(&self) -> u64 {
+        self.persistent.bytes + self.scratch.bytes + self.segments.iter().map(|segment| segment.bytes).sum::<u64>()
+    }
+
+    pub fn address(&self, id: BufferId) -> u64 {
+        self.addresses[id.index()]
+    }
+
+    /// The type in which the buffer is held.
+    pub fn stored(&self, id: BufferId) -> DType {
+        self.stored[id.index()]
+    }
+
+    /// Addresses of all persistent buffers but these, ascending.
+    pub fn others(&self, workload: &Workload, buffers: &[BufferId]) -> std::collections::BTreeSet<u64> {
+        let buffers: HashSet<BufferId> = buffers.iter().copied().collect();
+        (0..self.addresses.len() as u32)
+            .map(BufferId)
+            .filter(|id| !buffers.contains(id) && !workload.buffer(*id).kind.is_transient())
+            .map(|id| self.address(id))
+            .collect()
+    }
+
+    /// A whole buffer as `[first dimension, the others]`.
+    pub fn matrix(&self, workload: &Workload, id: BufferId) -> Matrix {
+        let buffer = workload.buffer(id);
+        Matrix::new(self.address(id), self.stored(id), buffer.rows(), buffer.columns())
+    }
+
+    /// A block of columns of a buffer.
+    pub fn columns(&self, workload: &Workload, columns: Columns) -> Matrix {
+        self.matrix(workload, columns.buffer).slice_columns(columns.start, columns.width)
+    }
+}
+
+/// All persistent buffers, those that belong together side by side, sorted by kind.
+fn groups(workload: &Workload) -> Vec<Vec<BufferId>> {
+    let mut groups: Vec<Vec<BufferId>> = Vec::new();
+    let mut placed = HashSet::new();
+    let mut add = |ids: Vec<BufferId>| {
+        let fresh = ids.iter().all(|id| !workload.buffer(*id).kind.is_transient() && !placed.contains(id));
+        let distinct = ids.iter().collect::<HashSet<_>>().len() == ids.len();
+        if fresh && distinct && !ids.is_empty() {
+            placed.extend(ids.iter().copied());
+            groups.push(ids);
+        }
+    };
+    for step in workload.programs.iter().flat_map(|program| &program.steps) {
+        match &step.op {
+            Op::Linear { projections, .. } => {
+                add(projections.iter().map(|p| p.weight).collect());
+                add(projections.iter().filter_map(|p| p.bias).collect());
+                add(projections.iter().filter_map(|p| p.lora.as_ref().map(|lora| lora.a)).collect());
+            }
+            Op::LinearBackward { projections, .. } => {
+                add(projections.iter().map(|p| p.weight).collect());
+                add(projections.iter().filter_map(|p| p.grad_weight).collect());
+                add(projections.iter().filter_map(|p| p.lora.as_ref().map(|lora| lora.a)).collect());
+                add(projections.iter().filter_map(|p| p.lora.as_ref().map(|lora| lora.grad_a)).collect());
+            }
+            _ => {}
+        }
+    }
+    for (index, buffer) in workload.buffers.iter().enumerate() {
+        let id = BufferId(index as u32);
+        if !buffer.kind.is_transient() && !placed.contains(&id) {
+            groups.push(vec![id]);
+        }
+    }
+    groups.sort_by_key(|group| workload.buffer(group[0]).kind);
+    groups
+}

@@ -1,0 +1,70 @@
+//! The CUDA engine: the kernels in `kernels/`, matrix products by cuBLASLt, each program one graph.
+//!
+//! Nothing of CUDA is needed at build time, and nothing at run time unless this engine is asked for: libraries are
+//! found and loaded by [`library`], kernels compiled for the card present by [`compile`] and kept.
+//! A session lowers every operation to launches when it opens, and then only replays them.
+
+mod command;
+pub mod compile;
+mod doctor;
+mod driver;
+pub mod library;
+mod lower;
+mod memory;
+mod product;
+mod session;
+mod tables;
+mod target;
+mod weights;
+
+pub use doctor::{Fix, doctor, fix};
+pub use driver::CardFacts;
+pub use session::CudaSession;
+pub use target::{KNOWN_CARDS, KnownCard, target};
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{EngineError, WeightSource};
+use crate::program::Plan;
+
+pub(crate) const ENGINE: &str = "cuda";
+
+/// Opens a session on card `ordinal`.
+///
+/// # Errors
+/// When a library is missing, the card is too old or too full, a weight is missing, or an operation has no kernel.
+pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, ordinal: usize) -> Result<CudaSession, EngineError> {
+    CudaSession::open(plan, weights.as_ref(), ordinal)
+}
+
+/// The cards that the driver shows; none when there is no driver.
+///
+/// # Errors
+/// When there is a driver and it does not start.
+pub fn cards() -> Result<Vec<CardFacts>, EngineError> {
+    let driver = library::find().iter().any(|found| found.library == library::Library::Driver && found.path.is_some());
+    if !driver {
+        return Ok(Vec::new());
+    }
+    driver::cards()
+}
+
+/// Fails, saying what to do, when a library is missing.
+fn require_libraries() -> Result<(), EngineError> {
+    match library::missing() {
+        None => Ok(()),
+        Some(library) if library.package().is_none() => {
+            Err(driver::unsupported(format!("{} is not on this machine", library.name())))
+        }
+        Some(library) => Err(driver::unsupported(format!(
+            "{} was not found; `tune doctor --fix` brings NVIDIA's own libraries",
+            library.name()
+        ))),
+    }
+}
+
+/// The user's private folder for compiled kernels and tuning tables.
+fn cache_folder() -> Option<PathBuf> {
+    directories::ProjectDirs::from("", "", "tune").map(|folders| folders.cache_dir().join("cuda"))
+}

@@ -1,0 +1,360 @@
+//! Matrix products through cuBLASLt: algorithms chosen by measurement once per shape, then fixed.
+//!
+//! All matrices are row-major. cuBLASLt is column-major, where the same memory is the transpose; the product is
+//! therefore asked for as `outputᵀ = rightᵀ · leftᵀ`.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::cublaslt::{result, sys};
+
+use super::driver::{Card, DeviceMemory, During, Event, failed};
+use crate::backend::EngineError;
+use crate::program::DType;
+
+/// A row-major matrix in device memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Matrix {
+    pub pointer: u64,
+    pub dtype: DType,
+    pub rows: usize,
+    pub columns: usize,
+    /// Elements between rows.
+    pub stride: usize,
+}
+
+impl Matrix {
+    /// A contiguous matrix.
+    pub fn new(pointer: u64, dtype: DType, rows: usize, columns: usize) -> Self {
+        Self { pointer, dtype, rows, columns, stride: columns }
+    }
+
+    fn element_bytes(&self) -> u64 {
+        if self.dtype == DType::F32 { 4 } else { 2 }
+    }
+
+    /// Some of the rows.
+    pub fn slice_rows(&self, first: usize, rows: usize) -> Self {
+        debug_assert!(first + rows <= self.rows);
+        let pointer = self.pointer + (first * self.stride) as u64 * self.element_bytes();
+        Self { pointer, rows, ..*self }
+    }
+
+    /// Some of the columns.
+    pub fn slice_columns(&self, first: usize, columns: usize) -> Self {
+        debug_assert!(first + columns <= self.columns);
+        Self { pointer: self.pointer + first as u64 * self.element_bytes(), columns, ..*self }
+    }
+
+    /// Largest power of two, up to 256, that divides address and row length in bytes.
+    fn alignment(&self) -> u32 {
+        let bits = self.pointer | (self.stride as u64 * self.element_bytes()) | 256;
+        1 << bits.trailing_zeros()
+    }
+}
+
+/// What multiplies a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Alpha {
+    One,
+    /// An f32 in device memory.
+    Device(u64),
+}
+
+/// `output (+)= alpha · op(left) · op(right)`; `op` transposes where asked.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Product {
+    pub left: Matrix,
+    pub left_transposed: bool,
+    pub right: Matrix,
+    pub right_transposed: bool,
+    pub output: Matrix,
+    pub alpha: Alpha,
+    /// Adds to the output instead of replacing it.
+    pub accumulate: bool,
+}
+
+impl Product {
+    /// Rows, columns and summed dimension.
+    fn sizes(&self) -> (usize, usize, usize) {
+        let turn = |matrix: &Matrix, transposed: bool| {
+            if transposed { (matrix.columns, matrix.rows) } else { (matrix.rows, matrix.columns) }
+        };
+        let (rows, inner) = turn(&self.left, self.left_transposed);
+        let (_, columns) = turn(&self.right, self.right_transposed);
+        (rows, columns, inner)
+    }
+
+    pub fn flops(&self) -> u64 {
+        let (m, n, k) = self.sizes();
+        2 * m as u64 * n as u64 * k as u64
+    }
+
+    fn check(&self) -> Result<(), EngineError> {
+        let (m, n, _) = self.sizes();
+        let left_inner = if self.left_transposed { self.left.rows } else { self.left.columns };
+        let right_inner = if self.right_transposed { self.right.columns } else { self.right.rows };
+        let types = self.left.dtype == self.right.dtype
+            && matches!(self.left.dtype, DType::BF16 | DType::F32)
+            && matches!(self.output.dtype, DType::BF16 | DType::F32);
+        if left_inner == right_inner && (self.output.rows, self.output.columns) == (m, n) && types {
+            return Ok(());
+        }
+        Err(failed(format!("matrices do not fit together: {self:?}")))
+    }
+
+    /// Everything that the choice of an algorithm may depend on.
+    fn key(&self) -> String {
+        let matrix = |matrix: &Matrix, transposed: bool| {
+            format!(
+                "{}x{}/{}:{}@{}{}",
+                matrix.rows,
+                matrix.columns,
+                matrix.stride,
+                matrix.dtype.name(),
+                matrix.alignment(),
+                if transposed { "t" } else { "" }
+            )
+        };
+        format!(
+            "{} {} {} {}{}",
+            matrix(&self.left, self.left_transposed),
+            matrix(&self.right, self.right_transposed),
+            matrix(&self.output, false),
+            if self.accumulate { "+" } else { "=" },
+            if self.alpha == Alpha::One { "" } else { "a" }
+        )
+    }
+}
+
+/// A product with its descriptors and algorithm, ready to launch.
+pub(super) struct Prepared {
+    pub product: Product,
+    operation: sys::cublasLtMatmulDesc_t,
+    right: sys::cublasLtMatrixLayout_t,
+    left: sys::cublasLtMatrixLayout_t,
+    output: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+    alpha: u64,
+    beta: u64,
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        // SAFETY: made in `Products::describe`, destroyed only here; launches copy what they need.
+        unsafe {
+            let _ = result::destroy_matrix_layout(self.right);
+            let _ = result::destroy_matrix_layout(self.left);
+            let _ = result::destroy_matrix_layout(self.output);
+            let _ = result::destroy_matmul_desc(self.operation);
+        }
+    }
+}
+
+/// Bytes of scratch that cuBLASLt may use.
+pub(super) const WORKSPACE_BYTES: u64 = 32 << 20;
+
+/// How many of the library's proposals are timed.
+const CANDIDATES: usize = 8;
+
+/// The open library.
+pub(super) struct Products {
+    card: Arc<Card>,
+    handle: sys::cublasLtHandle_t,
+    workspace: DeviceMemory,
+    /// f32 0 and 1.
+    constants: DeviceMemory,
+    chosen: HashMap<String, [u64; 8]>,
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        let _ = self.card.bind();
+        // SAFETY: made in `new`, destroyed only here.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+fn type_of(dtype: DType) -> sys::cudaDataType {
+    if dtype == DType::F32 { sys::cudaDataType_t::CUDA_R_32F } else { sys::cudaDataType_t::CUDA_R_16BF }
+}
+
+impl Products {
+    pub fn new(card: &Arc<Card>) -> Result<Self, EngineError> {
+        let handle = result::create_handle().during("starting cuBLASLt")?;
+        Ok(Self {
+            card: card.clone(),
+            handle,
+            workspace: DeviceMemory::new(card, WORKSPACE_BYTES, "cuBLASLt's workspace")?,
+            constants: DeviceMemory::with(card, bytemuck::cast_slice(&[0.0f32, 1.0]), "constants")?,
+            chosen: HashMap::new(),
+        })
+    }
+
+    fn describe(&self, product: Product) -> Result<Prepared, EngineError> {
+        product.check()?;
+        let layout = |matrix: &Matrix| {
+            let (rows, columns) = (matrix.columns as u64, matrix.rows as u64);
+            result::create_matrix_layout(type_of(matrix.dtype), rows, columns, matrix.stride as i64)
+                .during("describing a matrix")
+        };
+        let operation =
+            result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
+                .during("describing a product")?;
+        let set = |attribute, value: i32| {
+            // SAFETY: the descriptor is alive and the attribute is an i32.
+            unsafe { result::set_matmul_desc_attribute(operation, attribute, (&raw const value).cast(), 4) }
+                .during("describing a product")
+        };
+        let transposed = |yes: bool| if yes { 1 } else { 0 };
+        use sys::cublasLtMatmulDescAttributes_t as A;
+        set(A::CUBLASLT_MATMUL_DESC_POINTER_MODE, sys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE as i32)?;
+        set(A::CUBLASLT_MATMUL_DESC_TRANSA, transposed(product.right_transposed))?;
+        set(A::CUBLASLT_MATMUL_DESC_TRANSB, transposed(product.left_transposed))?;
+        let (zero, one) = (self.constants.pointer, self.constants.pointer + 4);
+        Ok(Prepared {
+            operation,
+            right: layout(&product.right)?,
+            left: layout(&product.left)?,
+            output: layout(&product.output)?,
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            alpha: match product.alpha {
+                Alpha::One => one,
+                Alpha::Device(pointer) => pointer,
+            },
+            beta: if product.accumulate { one } else { zero },
+            product,
+        })
+    }
+
+    /// Describes a product and chooses its algorithm: from the table, else by timing the library's proposals on
+    /// the product's own memory, whose output is overwritten.
+    pub fn prepare(&mut self, product: Product) -> Result<Prepared, EngineError> {
+        let mut prepared = self.describe(product)?;
+        let key = prepared.product.key();
+        if let Some(data) = self.chosen.get(&key) {
+            prepared.algorithm.data = *data;
+            return Ok(prepared);
+        }
+        let mut best: Option<(f32, [u64; 8])> = None;
+        for candidate in self.proposals(&prepared)? {
+            prepared.algorithm = candidate;
+            if let Ok(milliseconds) = self.time(&prepared)
+                && best.is_none_or(|(fastest, _)| milliseconds < fastest)
+            {
+                best = Some((milliseconds, candidate.data));
+            }
+        }
+        let (milliseconds, data) =
+            best.ok_or_else(|| failed(format!("cuBLASLt has no algorithm for {:?}", prepared.product)))?;
+        let rate = prepared.product.flops() as f64 / f64::from(milliseconds) * 1e-9;
+        tracing::debug!("product {key}: {milliseconds:.4} ms, {rate:.0} TFLOP/s");
+        prepared.algorithm.data = data;
+        self.chosen.insert(key, data);
+        Ok(prepared)
+    }
+
+    fn proposals(&self, prepared: &Prepared) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as A;
+        let preference = result::create_matmul_pref().during("describing a preference")?;
+        let set = |attribute, value: *const c_void, bytes| {
+            // SAFETY: the preference is alive and `value` points to that many bytes.
+            unsafe { result::set_matmul_pref_attribute(preference, attribute, value, bytes) }
+                .during("describing a preference")
+        };
+        let workspace = WORKSPACE_BYTES;
+        let mut outcome =
+            set(A::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), size_of::<u64>());
+        let product = &prepared.product;
+        for (attribute, matrix) in [
+            (A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &product.right),
+            (A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &product.left),
+            (A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &product.output),
+            (A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &product.output),
+        ] {
+            let alignment = matrix.alignment();
+            outcome = outcome.and_then(|()| set(attribute, (&raw const alignment).cast(), size_of::<u32>()));
+        }
+        let mut found = 0;
+        // SAFETY: an array of plain numbers, for which zero bytes are valid.
+        let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
+        let outcome = outcome.and_then(|()| {
+            // SAFETY: all descriptors are alive; `results` has room for the number asked for.
+            unsafe {
+                sys::cublasLtMatmulAlgoGetHeuristic(
+                    self.handle,
+                    prepared.operation,
+                    prepared.right,
+                    prepared.left,
+                    prepared.output,
+                    prepared.output,
+                    preference,
+                    CANDIDATES as i32,
+                    results.as_mut_ptr(),
+                    &mut found,
+                )
+            }
+            .result()
+            .during(&format!("asking cuBLASLt for algorithms for {:?}", prepared.product))
+        });
+        // SAFETY: created above, destroyed only here.
+        let _ = unsafe { result::destroy_matmul_pref(preference) };
+        outcome?;
+        Ok(results[..found as usize]
+            .iter()
+            .filter(|entry| {
+                entry.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+                    && entry.workspaceSize as u64 <= WORKSPACE_BYTES
+            })
+            .map(|entry| entry.algo)
+            .collect())
+    }
+
+    /// Milliseconds of the fastest of a few launches.
+    fn time(&self, prepared: &Prepared) -> Result<f32, EngineError> {
+        let (start, end) = (Event::new(&self.card)?, Event::new(&self.card)?);
+        self.launch(prepared)?;
+        let mut fastest = f32::INFINITY;
+        for _ in 0..3 {
+            start.record()?;
+            self.launch(prepared)?;
+            end.record()?;
+            end.wait()?;
+            fastest = fastest.min(start.milliseconds_until(&end)?);
+        }
+        Ok(fastest)
+    }
+
+    pub fn launch(&self, prepared: &Prepared) -> Result<(), EngineError> {
+        let product = &prepared.product;
+        // SAFETY: descriptors are alive, and the matrices lie in memory of the session.
+        unsafe {
+            result::matmul(
+                self.handle,
+                prepared.operation,
+                prepared.alpha as *const c_void,
+                prepared.beta as *const c_void,
+                product.right.pointer as *const c_void,
+                prepared.right,
+                product.left.pointer as *const c_void,
+                prepared.left,
+                product.output.pointer as *const c_void,
+                prepared.output,
+                product.output.pointer as *mut c_void,
+                prepared.output,
+                &prepared.algorithm,
+                self.workspace.pointer as *mut c_void,
+                WORKSPACE_BYTES as usize,
+                self.card.stream.cast(),
+            )
+        }
+        .during(&format!("the product {:?}", prepared.product))
+    }
+}
+
+/// Version of cuBLASLt in use.
+pub(super) fn version() -> usize {
+    // SAFETY: takes no arguments; the caller has made sure that the library is there.
+    unsafe { sys::cublasLtGetVersion() }
+}

@@ -1,0 +1,219 @@
+//! A plan on an open card.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::command::{Command, Launch, arguments};
+use super::compile::{Kernels, Variant};
+use super::driver::{Card, DeviceMemory, Event, Graph, failed, zero};
+use super::lower::Lowering;
+use super::memory::Memory;
+use super::product::{Products, WORKSPACE_BYTES};
+use super::tables::Tables;
+use super::weights::{Loader, read_buffer, write_buffer};
+use crate::backend::{EngineError, Session, WeightSource};
+use crate::program::{BufferId, Kind, Plan};
+
+/// How a program runs next.
+enum Replay {
+    /// Not run yet: the first time its launches go out one by one, so that every library kernel is loaded.
+    First,
+    /// Run once: the next time it is captured.
+    Warm,
+    Captured(Graph),
+}
+
+/// A session of the CUDA engine. Fields are dropped in order: graphs before what they point to.
+pub struct CudaSession {
+    replays: Vec<Replay>,
+    /// Launches by program and step.
+    programs: Vec<Vec<Vec<Command>>>,
+    kept: Vec<DeviceMemory>,
+    products: Products,
+    kernels: Kernels,
+    memory: Memory,
+    tables: Tables,
+    plan: Plan,
+    card: Arc<Card>,
+}
+
+impl CudaSession {
+    /// Opens the card, allocates everything, loads the weights, decides every launch.
+    ///
+    /// # Errors
+    /// When the card is too old or too full, a weight is missing, or an operation has no kernel.
+    pub fn open(plan: Plan, weights: &dyn WeightSource, ordinal: usize) -> Result<Self, EngineError> {
+        super::require_libraries()?;
+        let card = Card::open(ordinal)?;
+        let mut kernels = Kernels::new(&card)?;
+        let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
+        let used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
+        kernels.prepare(&used)?;
+        let memory = Memory::new(&card, &plan)?;
+        let tables = Tables::new(&card)?;
+        Loader::new(&card, &mut kernels, &memory, &tables)?.load(&plan.workload, weights)?;
+        for (id, values) in &plan.workload.constants {
+            super::driver::write(&card, memory.address(*id), bytemuck::cast_slice(values))?;
+        }
+        let mut products = Products::new(&card)?;
+        let mut kept = Vec::new();
+        fill_noise(&card, &mut kernels, &memory)?;
+        let mut programs = Vec::new();
+        for program in &plan.workload.programs {
+            let mut lowering =
+                Lowering::new(&card, &plan.workload, &memory, &mut kernels, &mut products, &tables, &mut kept);
+            let steps: Vec<_> = program.steps.iter().map(|step| lowering.lower(&step.op)).collect::<Result<_, _>>()?;
+            programs.push(steps);
+        }
+        // Timing the products left its marks.
+        memory.zero_arena(&card)?;
+        for kind in [Kind::Gradient, Kind::Output, Kind::Cache] {
+            for (id, buffer) in plan.workload.of_kind(kind) {
+                zero(&card, memory.address(id), buffer.bytes())?;
+            }
+        }
+        card.synchronize()?;
+        let replays = plan.workload.programs.iter().map(|_| Replay::First).collect();
+        Ok(Self { replays, programs, kept, products, kernels, memory, tables, plan, card })
+    }
+
+    fn launch(&self, program: usize, steps: Range<usize>) -> Result<(), EngineError> {
+        for commands in &self.programs[program][steps] {
+            for command in commands {
+                command.run(&self.card, &self.products)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Milliseconds of each step of a program, run alone, the fastest of `repeats`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn profile(&mut self, program: usize, repeats: usize) -> Result<Vec<f32>, EngineError> {
+        self.card.bind()?;
+        let steps = self.programs[program].len();
+        let mut fastest = vec![f32::INFINITY; steps];
+        let events: Vec<Event> = (0..=steps).map(|_| Event::new(&self.card)).collect::<Result<_, _>>()?;
+        for _ in 0..repeats.max(1) {
+            for (step, event) in events.iter().enumerate() {
+                event.record()?;
+                self.launch(program, step..(step + 1).min(steps))?;
+            }
+            self.card.synchronize()?;
+            for (fastest, pair) in fastest.iter_mut().zip(events.windows(2)) {
+                *fastest = fastest.min(pair[0].milliseconds_until(&pair[1])?);
+            }
+        }
+        Ok(fastest)
+    }
+
+    /// Free and total bytes of the card.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn card_memory(&self) -> Result<(u64, u64), EngineError> {
+        self.card.memory()
+    }
+}
+
+/// Kernel files that a plan's operations need.
+fn used_files(plan: &Plan, files: &[&'static str]) -> Vec<&'static str> {
+    use crate::program::{DType, Op};
+    let mut wanted: Vec<&str> = vec!["cast"];
+    for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
+        wanted.extend::<&[&str]>(match &step.op {
+            Op::Embedding { .. } | Op::EmbeddingBackward { .. } | Op::GatherRows { .. } => &["embedding"],
+            Op::RmsNorm { .. } => &["rms_norm"],
+            Op::RmsNormBackward { .. } => &["rms_norm", "column_sum"],
+            Op::Rope { .. } => &["rope"],
+            Op::Glu { .. } | Op::GluBackward { .. } => &["glu"],
+            Op::LinearCrossEntropy { .. } => &["cross_entropy"],
+            Op::GradientNorm { .. } | Op::AdamW { .. } => &["adamw"],
+            Op::CachedAttention { .. } => &["cached_attention"],
+            Op::Linear { projections, .. } if projections.iter().any(|p| p.bias.is_some()) => &["bias"],
+            _ => &[],
+        });
+    }
+    if plan.workload.buffers.iter().any(|buffer| buffer.dtype == DType::Nf4) {
+        wanted.push("nf4");
+    }
+    files.iter().filter(|file| wanted.contains(file)).copied().collect()
+}
+
+/// Fills the arena with numbers on which products take as long as on real ones.
+fn fill_noise(card: &Arc<Card>, kernels: &mut Kernels, memory: &Memory) -> Result<(), EngineError> {
+    let function = kernels.function(&"cast".into(), "fill_noise")?;
+    for (pointer, bytes) in memory.segments() {
+        let arguments = arguments![pointer, (bytes / 4) as i64];
+        let grid = [1024, 1, 1];
+        Launch { function, grid, threads: 256, shared_bytes: 0, arguments, entry: "fill_noise".into() }.run(card)?;
+    }
+    Ok(())
+}
+
+impl Session for CudaSession {
+    fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn write(&mut self, buffer: BufferId, bytes: &[u8]) -> Result<(), EngineError> {
+        self.card.bind()?;
+        let (kernels, workload) = (&mut self.kernels, &self.plan.workload);
+        write_buffer(&self.card, kernels, &self.memory, &self.tables, workload, buffer, bytes)
+    }
+
+    fn read(&mut self, buffer: BufferId, bytes: &mut [u8]) -> Result<(), EngineError> {
+        self.card.bind()?;
+        read_buffer(&self.card, &self.memory, &self.plan.workload, buffer, bytes)
+    }
+
+    fn run(&mut self, program: usize) -> Result<(), EngineError> {
+        self.card.bind()?;
+        if program >= self.programs.len() {
+            return Err(failed(format!("there is no program {program}")));
+        }
+        let steps = 0..self.programs[program].len();
+        match &self.replays[program] {
+            Replay::First => {
+                self.launch(program, steps)?;
+                self.replays[program] = Replay::Warm;
+                Ok(())
+            }
+            Replay::Warm if steps.is_empty() => Ok(()),
+            Replay::Warm => {
+                let graph = Graph::capture(&self.card, || self.launch(program, steps))?;
+                graph.launch()?;
+                self.replays[program] = Replay::Captured(graph);
+                Ok(())
+            }
+            Replay::Captured(graph) => graph.launch(),
+        }
+    }
+
+    fn run_steps(&mut self, program: usize, steps: Range<usize>) -> Result<(), EngineError> {
+        self.card.bind()?;
+        if program >= self.programs.len() || steps.end > self.programs[program].len() {
+            return Err(failed(format!("program {program} has no steps {steps:?}")));
+        }
+        self.launch(program, steps)
+    }
+
+    fn synchronize(&mut self) -> Result<(), EngineError> {
+        self.card.bind()?;
+        self.card.synchronize()
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        let kept: u64 = self.kept.iter().map(|memory| memory.bytes).sum();
+        self.memory.allocated() + kept + WORKSPACE_BYTES
+    }
+}
+
+impl Drop for CudaSession {
+    fn drop(&mut self) {
+        // Nothing may be freed under a running kernel; an error here was reported by the call that met it.
+        let _ = self.card.bind();
+        let _ = self.card.synchronize();
+    }
+}

@@ -1,0 +1,109 @@
+//! The card as plain data: of the card present, or of known ones.
+
+use super::driver::{CardFacts, unsupported};
+use super::memory::SCRATCH_BYTES;
+use super::product::WORKSPACE_BYTES;
+use crate::backend::EngineError;
+use crate::program::{DType, Rates, Target};
+
+/// A card that can be planned for without having it.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownCard {
+    /// Part of the name that the driver gives.
+    pub name: &'static str,
+    pub memory_gib: f64,
+    /// bf16 matrix products with f32 sums, TFLOP/s: measured on the H100; for the others the vendor's dense figure
+    /// times the share that the H100 reaches of its own.
+    pub matrix_tflops: f64,
+    /// Memory, TB/s, by the same rule.
+    pub bandwidth_tbs: f64,
+}
+
+const fn card(name: &'static str, memory_gib: f64, matrix_tflops: f64, bandwidth_tbs: f64) -> KnownCard {
+    KnownCard { name, memory_gib, matrix_tflops, bandwidth_tbs }
+}
+
+/// Cards by name; a more specific name comes before one that it contains.
+pub const KNOWN_CARDS: &[KnownCard] = &[
+    card("H200", 140.4, 750.0, 4.3),
+    card("H100 PCIe", 79.6, 570.0, 1.8),
+    card("H100", 79.6, 750.0, 2.99),
+    card("B200", 179.0, 1700.0, 7.0),
+    card("A100-SXM4-80GB", 79.3, 240.0, 1.8),
+    card("A100-SXM4-40GB", 39.6, 240.0, 1.4),
+    card("A100", 79.3, 240.0, 1.7),
+    card("L40S", 44.5, 275.0, 0.77),
+    card("L4", 22.0, 90.0, 0.27),
+    card("A10", 22.1, 95.0, 0.54),
+    card("A6000", 47.5, 120.0, 0.69),
+    card("RTX 5090", 31.4, 160.0, 1.6),
+    card("RTX 5080", 15.5, 85.0, 0.86),
+    card("RTX 5070 Ti", 15.5, 66.0, 0.8),
+    card("RTX 5070", 11.6, 46.0, 0.6),
+    card("RTX 4090", 23.5, 125.0, 0.9),
+    card("RTX 4080", 15.6, 74.0, 0.65),
+    card("RTX 4070", 11.6, 44.0, 0.45),
+    card("RTX 4060 Ti", 15.6, 33.0, 0.26),
+    card("RTX 4060", 7.6, 23.0, 0.24),
+    card("RTX 3090", 23.5, 54.0, 0.84),
+    card("RTX 3080", 9.6, 45.0, 0.68),
+    card("RTX 3060", 11.6, 19.0, 0.32),
+];
+
+/// Bytes that driver and context take on the card beside what the engine allocates, roughly.
+const CONTEXT_BYTES: u64 = 600 << 20;
+
+impl KnownCard {
+    /// The card that a name means, as the driver or a user writes it.
+    pub fn named(name: &str) -> Option<&'static KnownCard> {
+        let name = name.to_lowercase();
+        KNOWN_CARDS.iter().find(|card| name.contains(&card.name.to_lowercase()))
+    }
+
+    /// A target for this card with nothing else on it.
+    pub fn target(&self) -> Target {
+        let memory = (self.memory_gib * f64::from(1 << 30)) as u64 - CONTEXT_BYTES;
+        describe(self.name.to_string(), memory, self.matrix_tflops, self.bandwidth_tbs)
+    }
+}
+
+/// The target of an open card, with the memory that is free on it now.
+///
+/// # Errors
+/// When a library is missing, there is no such card, or it is too old.
+pub fn target(ordinal: usize) -> Result<Target, EngineError> {
+    super::require_libraries()?;
+    let cards = super::cards()?;
+    let facts: &CardFacts = cards
+        .get(ordinal)
+        .ok_or_else(|| unsupported(format!("there is no card {ordinal}; the driver shows {}", cards.len())))?;
+    super::compile::architecture(facts.capability)?;
+    let (free, _) = super::driver::Card::open(ordinal)?.memory()?;
+    // An unknown card: by its size, on the safe side.
+    let multiprocessors = f64::from(facts.multiprocessors);
+    let (tflops, bandwidth) = KnownCard::named(&facts.name)
+        .map_or((multiprocessors * 0.8, multiprocessors * 0.006), |card| (card.matrix_tflops, card.bandwidth_tbs));
+    // What was free may not be used to the last byte: the driver takes some for kernels as they are loaded.
+    Ok(describe(facts.name.clone(), free.saturating_sub(150 << 20), tflops, bandwidth))
+}
+
+fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64) -> Target {
+    Target {
+        name,
+        engine: super::ENGINE,
+        memory: Some(memory),
+        largest_segment: u64::MAX,
+        alignment: 256,
+        compute: DType::BF16,
+        trainable: DType::BF16,
+        micro_sizes: vec![256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
+        rates: Rates {
+            flops: matrix_tflops * 1e12,
+            attention_flops: matrix_tflops * 0.45e12,
+            bandwidth: bandwidth_tbs * 1e12,
+            per_op: 3e-6,
+        },
+        library_workspace: WORKSPACE_BYTES + SCRATCH_BYTES + (8 << 20),
+        logits_bytes: 256 << 20,
+    }
+}

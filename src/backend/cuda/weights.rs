@@ -1,0 +1,237 @@
+//! Weights on their way to the card: from the memory-mapped file through page-locked memory, converted or quantized
+//! on the card as they arrive.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::command::{Launch, Slot, arguments};
+use super::compile::Kernels;
+use super::driver::{Card, Event, PinnedMemory, failed, read, unsupported, write};
+use super::memory::{Memory, Nf4Parts, SCRATCH_BYTES};
+use super::tables::Tables;
+use crate::backend::{EngineError, Tensor, WeightSource};
+use crate::program::{BufferId, DType, Kind, Workload};
+
+/// Bytes of one page-locked stage, and of the place on the card where converted weights arrive.
+const STAGE_BYTES: usize = 32 << 20;
+
+/// Two stages: one fills while the other is on its way.
+pub(super) struct Loader<'a> {
+    card: &'a Arc<Card>,
+    kernels: &'a mut Kernels,
+    memory: &'a Memory,
+    tables: &'a Tables,
+    stages: [(PinnedMemory, Event, bool); 2],
+    next: usize,
+}
+
+/// How `cast.cu` and `nf4.cu` number the types of a checkpoint.
+fn type_number(dtype: DType) -> Option<i32> {
+    match dtype {
+        DType::F32 => Some(0),
+        DType::F16 => Some(1),
+        DType::BF16 => Some(2),
+        _ => None,
+    }
+}
+
+impl<'a> Loader<'a> {
+    pub fn new(
+        card: &'a Arc<Card>,
+        kernels: &'a mut Kernels,
+        memory: &'a Memory,
+        tables: &'a Tables,
+    ) -> Result<Self, EngineError> {
+        let stage = || Ok::<_, EngineError>((PinnedMemory::new(card, STAGE_BYTES)?, Event::new(card)?, false));
+        Ok(Self { card, kernels, memory, tables, stages: [stage()?, stage()?], next: 0 })
+    }
+
+    /// Loads every weight of the workload.
+    pub fn load(&mut self, workload: &Workload, source: &dyn WeightSource) -> Result<(), EngineError> {
+        for (id, buffer) in workload.of_kind(Kind::Weight) {
+            let wrong = |what: String| EngineError::Weight { name: buffer.name.clone(), what };
+            let tensor = source.tensor(&buffer.name)?;
+            if tensor.shape != buffer.shape {
+                return Err(wrong(format!("has shape {:?}, the model wants {:?}", tensor.shape, buffer.shape)));
+            }
+            if tensor.bytes.len() as u64 != tensor.dtype.bytes(&tensor.shape) {
+                return Err(wrong(format!("has {} bytes, not what its shape takes", tensor.bytes.len())));
+            }
+            self.place(id, &buffer.name, &tensor)?;
+        }
+        self.card.synchronize()
+    }
+
+    /// Brings one tensor to its buffer.
+    pub fn place(&mut self, id: BufferId, name: &str, tensor: &Tensor<'_>) -> Result<(), EngineError> {
+        let stored = self.memory.stored(id);
+        let address = self.memory.address(id);
+        if stored == tensor.dtype {
+            let mut sent = 0;
+            for chunk in tensor.bytes.chunks(STAGE_BYTES) {
+                self.send(chunk, address + sent)?;
+                sent += chunk.len() as u64;
+            }
+            return Ok(());
+        }
+        let kind = type_number(tensor.dtype)
+            .ok_or_else(|| unsupported(format!("{name} stored as {}", tensor.dtype.name())))?;
+        let elements: usize = tensor.shape.iter().product();
+        let element_bytes = tensor.dtype.bytes(&[1]) as usize;
+        // Whole blocks of any quantization in every chunk.
+        let chunk_elements = STAGE_BYTES / element_bytes;
+        let arrival = self.memory.scratch.pointer;
+        let scales = arrival + STAGE_BYTES as u64;
+        if stored == DType::Nf4 && 4 * elements.div_ceil(64) as u64 > SCRATCH_BYTES - STAGE_BYTES as u64 {
+            return Err(unsupported(format!("{name} in 4 bits: {elements} elements are too many for one tensor")));
+        }
+        for (index, chunk) in tensor.bytes.chunks(chunk_elements * element_bytes).enumerate() {
+            self.send(chunk, arrival)?;
+            let first = (index * chunk_elements) as u64;
+            let count = chunk.len() / element_bytes;
+            match stored {
+                DType::BF16 | DType::F32 => {
+                    let to = address + first * if stored == DType::F32 { 4 } else { 2 };
+                    let entry = format!("convert_to_{}", stored.name());
+                    let blocks = count.div_ceil(256).min(8192);
+                    self.launch("cast", &entry, blocks, 256, arguments![arrival, kind, to, count as i64])?;
+                }
+                DType::Nf4 => {
+                    let codes = Nf4Parts::at(address, elements as u64).codes + first / 2;
+                    let to_scales = scales + 4 * (first / 64);
+                    let blocks = count.div_ceil(64).div_ceil(8);
+                    let arguments = arguments![arrival, kind, codes, to_scales, count as i64];
+                    self.launch("nf4", "nf4_quantize", blocks, 256, arguments)?;
+                }
+                other => return Err(unsupported(format!("{name} held as {}", other.name()))),
+            }
+        }
+        if stored == DType::Nf4 {
+            let parts = Nf4Parts::at(address, elements as u64);
+            let count = elements.div_ceil(64);
+            let arguments = arguments![scales, parts.offset, count as i64];
+            self.launch("nf4", "nf4_offset", 1, 1024, arguments)?;
+            let arguments = arguments![
+                scales,
+                parts.offset,
+                self.tables.pointer(),
+                parts.scale_codes,
+                parts.second_scales,
+                count as i64,
+            ];
+            self.launch("nf4", "nf4_quantize_scales", count.div_ceil(256), 256, arguments)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, bytes: &[u8], to: u64) -> Result<(), EngineError> {
+        let (stage, passed, used) = &mut self.stages[self.next];
+        self.next = 1 - self.next;
+        if *used {
+            passed.wait()?;
+        }
+        // Several cores read the file's pages faster than one.
+        let target = &mut stage.bytes_mut()[..bytes.len()];
+        const PIECE: usize = 1 << 20;
+        target.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+        stage.send(to, bytes.len())?;
+        passed.record()?;
+        *used = true;
+        Ok(())
+    }
+
+    fn launch(
+        &mut self,
+        file: &'static str,
+        entry: &str,
+        blocks: usize,
+        threads: u32,
+        arguments: Vec<Slot>,
+    ) -> Result<(), EngineError> {
+        let function = self.kernels.function(&file.into(), entry)?;
+        let grid = [blocks as u32, 1, 1];
+        Launch { function, grid, threads, shared_bytes: 0, arguments, entry: entry.to_string() }.run(self.card)
+    }
+}
+
+impl Drop for Loader<'_> {
+    fn drop(&mut self) {
+        // The stages must not go while a copy reads them.
+        let _ = self.card.synchronize();
+    }
+}
+
+/// Writes a buffer from bytes in its logical type.
+pub(super) fn write_buffer(
+    card: &Arc<Card>,
+    kernels: &mut Kernels,
+    memory: &Memory,
+    tables: &Tables,
+    workload: &Workload,
+    id: BufferId,
+    bytes: &[u8],
+) -> Result<(), EngineError> {
+    let buffer = workload.buffer(id);
+    if bytes.len() as u64 != buffer.bytes() {
+        return Err(failed(format!("{} bytes written to {}, which has {}", bytes.len(), buffer.name, buffer.bytes())));
+    }
+    if buffer.dtype.is_quantized() {
+        return Err(unsupported(format!("{} is quantized and cannot be written", buffer.name)));
+    }
+    if memory.stored(id) == buffer.dtype {
+        return write(card, memory.address(id), bytes);
+    }
+    let tensor = Tensor { dtype: buffer.dtype, shape: buffer.shape.clone(), bytes };
+    Loader::new(card, kernels, memory, tables)?.place(id, &buffer.name, &tensor)
+}
+
+/// Reads a buffer as bytes in its logical type, after all work so far.
+pub(super) fn read_buffer(
+    card: &Card,
+    memory: &Memory,
+    workload: &Workload,
+    id: BufferId,
+    bytes: &mut [u8],
+) -> Result<(), EngineError> {
+    let buffer = workload.buffer(id);
+    if bytes.len() as u64 != buffer.bytes() {
+        return Err(failed(format!("{} bytes read from {}, which has {}", bytes.len(), buffer.name, buffer.bytes())));
+    }
+    let address = memory.address(id);
+    if address == 0 {
+        return Err(failed(format!("{} is touched by no program and has no memory", buffer.name)));
+    }
+    let stored = memory.stored(id);
+    if stored == buffer.dtype && stored != DType::Nf4 {
+        return read(card, address, bytes);
+    }
+    if stored == DType::Nf4 {
+        // Codes, scale codes, second scales, offset: end to end, without the gaps they have on the card.
+        let elements = buffer.elements();
+        let blocks = elements.div_ceil(64);
+        let parts = Nf4Parts::at(address, elements as u64);
+        let (codes, rest) = bytes.split_at_mut(elements.div_ceil(2));
+        let (scale_codes, rest) = rest.split_at_mut(blocks);
+        let (second_scales, offset) = rest.split_at_mut(4 * blocks.div_ceil(256));
+        read(card, parts.codes, codes)?;
+        read(card, parts.scale_codes, scale_codes)?;
+        read(card, parts.second_scales, second_scales)?;
+        return read(card, parts.offset, offset);
+    }
+    let mut held = vec![0u8; stored.bytes(&buffer.shape) as usize];
+    read(card, address, &mut held)?;
+    let value = |index: usize| match stored {
+        DType::BF16 => half::bf16::from_le_bytes([held[2 * index], held[2 * index + 1]]).to_f32(),
+        _ => f32::from_le_bytes([held[4 * index], held[4 * index + 1], held[4 * index + 2], held[4 * index + 3]]),
+    };
+    for index in 0..buffer.elements() {
+        match buffer.dtype {
+            DType::F16 => {
+                bytes[2 * index..2 * index + 2].copy_from_slice(&half::f16::from_f32(value(index)).to_le_bytes())
+            }
+            _ => bytes[4 * index..4 * index + 4].copy_from_slice(&value(index).to_le_bytes()),
+        }
+    }
+    Ok(())
+}

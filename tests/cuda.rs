@@ -1,0 +1,350 @@
+//! The CUDA engine on a card: every operation against its f64 twin, 4-bit weights, and training beside the CPU engine.
+//!
+//! Without a card each test says in one line that it was left out; with `TUNE_GPU` set (as `tests/gpu.sh` does) that
+//! is a failure.
+
+mod twin;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use half::bf16;
+use tune::backend::{EngineError, Session, Tensor, WeightSource, cpu, cuda, read_values};
+use tune::model::{
+    AdapterOptions, Method, ModelConfig, RandomWeights, Recompute, TrainingOptions, names, training_workload,
+};
+use tune::program::plan::plan;
+use tune::program::{BufferId, Columns, DType, Kind, Op, Plan, Projection, ProjectionBackward, Role, Target};
+use tune::program::{WorkloadBuilder, block8, random};
+
+/// The card's target, or none on a machine without one.
+fn card() -> Option<Target> {
+    match cuda::cards() {
+        Ok(cards) if !cards.is_empty() => Some(cuda::target(0).expect("a card that can be used")),
+        outcome => {
+            assert!(std::env::var_os("TUNE_GPU").is_none(), "TUNE_GPU is set and there is no card: {outcome:?}");
+            println!("left out: there is no NVIDIA card here");
+            None
+        }
+    }
+}
+
+fn open(plan: Plan, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>, EngineError> {
+    Ok(Box::new(cuda::open(plan, weights, 0)?))
+}
+
+#[test]
+fn every_operation_agrees_with_its_twin() {
+    let Some(target) = card() else { return };
+    let filter = std::env::var("TUNE_CASES").unwrap_or_default();
+    twin::check_engine(&target, &open, &filter);
+}
+
+/// Tensors by name, in f32.
+struct Tensors(HashMap<String, (Vec<usize>, Vec<f32>)>);
+
+impl WeightSource for Tensors {
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>, EngineError> {
+        let missing = || EngineError::Weight { name: name.into(), what: "is not in the test".into() };
+        let (shape, values) = self.0.get(name).ok_or_else(missing)?;
+        Ok(Tensor { dtype: DType::F32, shape: shape.clone(), bytes: bytemuck::cast_slice(values) })
+    }
+}
+
+fn uniform(name: &str, count: usize) -> Vec<f32> {
+    let key = [random::stream(name), 1, 2, 3];
+    (0..count).map(|i| random::uniform(key, 0, (i >> 16) as u32, (i & 0xffff) as u32) * 2.0 - 1.0).collect()
+}
+
+const LEVELS: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// Values of a 4-bit tensor as the engine gives it out: codes, scale codes, second scales, offset.
+fn unpack(bytes: &[u8], elements: usize) -> Vec<f64> {
+    let blocks = elements.div_ceil(64);
+    let (codes, rest) = bytes.split_at(elements.div_ceil(2));
+    let (scale_codes, rest) = rest.split_at(blocks);
+    let float = |bytes: &[u8]| f64::from(f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+    let offset = float(&rest[4 * blocks.div_ceil(256)..]);
+    let table = block8::Map::Signed.values();
+    (0..elements)
+        .map(|i| {
+            let code = if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
+            let block = i / 64;
+            let scale = f64::from(table[usize::from(scale_codes[block])]) * float(&rest[4 * (block / 256)..]) + offset;
+            f64::from(LEVELS[usize::from(code)]) * scale
+        })
+        .collect()
+}
+
+/// Codes of blocks of 64: the level nearest to the value over the block's largest magnitude.
+fn codes(values: &[f32]) -> Vec<u8> {
+    let block = |block: &[f32]| {
+        let scale = block.iter().fold(0.0f32, |top, x| top.max(x.abs()));
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let near =
+            |x: f32| (0..15).filter(move |&i| f64::from(x) > (f64::from(LEVELS[i]) + f64::from(LEVELS[i + 1])) / 2.0);
+        block.iter().map(|x| near(x * inverse).count() as u8).collect::<Vec<_>>()
+    };
+    values.chunks(64).flat_map(block).collect()
+}
+
+fn relative(found: &[f64], expected: &[f64]) -> f64 {
+    let difference: f64 = found.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum();
+    (difference / expected.iter().map(|b| b * b).sum::<f64>().max(1e-30)).sqrt()
+}
+
+fn bf16_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect()
+}
+
+fn bf16_values(session: &mut dyn Session, id: BufferId) -> Vec<f64> {
+    let mut bytes = vec![0; session.plan().workload.buffer(id).bytes() as usize];
+    session.read(id, &mut bytes).expect("read");
+    bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect()
+}
+
+#[test]
+fn four_bit_weights_are_those_of_bitsandbytes_and_multiply_right() {
+    let Some(target) = card() else { return };
+    // Two projections of one input; rows of a multiple of 64 and not.
+    for (tokens, inputs, outputs) in [(37usize, 576usize, [192usize, 64]), (130, 4096, [1024, 512]), (5, 96, [32, 48])]
+    {
+        let mut builder = WorkloadBuilder::new();
+        builder.begin("case", Role::Micro, tokens);
+        let width = outputs.iter().sum();
+        let input = builder.persistent("input", &[tokens, inputs], DType::BF16, Kind::Input);
+        let grad = builder.persistent("grad_output", &[tokens, width], DType::BF16, Kind::Input);
+        let output = builder.persistent("output", &[tokens, width], DType::BF16, Kind::Output);
+        let grad_input = builder.persistent("grad_input", &[tokens, inputs], DType::BF16, Kind::Output);
+        let mut tensors = HashMap::new();
+        let (mut forward, mut backward, mut ids) = (Vec::new(), Vec::new(), Vec::new());
+        let mut start = 0;
+        for (index, &rows) in outputs.iter().enumerate() {
+            let name = format!("{index}.weight");
+            let weight = builder.persistent(&name, &[rows, inputs], DType::Nf4, Kind::Weight);
+            let values: Vec<f32> = uniform(&name, rows * inputs).iter().map(|v| v * v * v * 0.1).collect();
+            tensors.insert(name, (vec![rows, inputs], values));
+            let columns = |buffer| Columns { buffer, start, width: rows };
+            forward.push(Projection { weight, bias: None, output: columns(output), lora: None });
+            let grad_output = columns(grad);
+            backward.push(ProjectionBackward { weight, grad_output, grad_weight: None, grad_bias: None, lora: None });
+            ids.push(weight);
+            start += rows;
+        }
+        builder.push("forward", Op::Linear { input, projections: forward });
+        builder.push("backward", Op::LinearBackward { input, grad_input: Some(grad_input), projections: backward });
+        builder.end();
+        let plan = plan(builder.finish(), target.clone()).expect("a plan");
+        let tensors = Arc::new(Tensors(tensors));
+        let mut session = open(plan, tensors.clone()).expect("a session");
+        let (x, g) = (uniform("x", tokens * inputs), uniform("g", tokens * width));
+        session.write(input, &bf16_bytes(&x)).expect("write");
+        session.write(grad, &bf16_bytes(&g)).expect("write");
+        session.run(0).expect("run");
+        let mut weights = Vec::new();
+        for &id in &ids {
+            let buffer = session.plan().workload.buffer(id).clone();
+            let mut bytes = vec![0; buffer.bytes() as usize];
+            session.read(id, &mut bytes).expect("read");
+            let (_, values) = &tensors.0[&buffer.name];
+            let expected = codes(values);
+            let found: Vec<u8> =
+                (0..values.len()).map(|i| if i % 2 == 0 { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 }).collect();
+            let differing = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            assert!(differing * 100_000 <= values.len(), "{differing} of {} codes differ", values.len());
+            let unpacked = unpack(&bytes, values.len());
+            let original: Vec<f64> = values.iter().map(|&v| f64::from(v)).collect();
+            let loss = relative(&unpacked, &original);
+            assert!(loss < 0.13, "4 bits lose {loss}");
+            weights.extend(unpacked);
+        }
+        let round = |v: &f32| bf16::from_f32(*v).to_f64();
+        let (x, g): (Vec<f64>, Vec<f64>) = (x.iter().map(round).collect(), g.iter().map(round).collect());
+        let mut expected_output = vec![0.0; tokens * width];
+        let mut expected_grad = vec![0.0; tokens * inputs];
+        for t in 0..tokens {
+            for n in 0..width {
+                let row = &weights[n * inputs..(n + 1) * inputs];
+                expected_output[t * width + n] = row.iter().zip(&x[t * inputs..]).map(|(w, x)| w * x).sum();
+                for (to, w) in expected_grad[t * inputs..(t + 1) * inputs].iter_mut().zip(row) {
+                    *to += g[t * width + n] * w;
+                }
+            }
+        }
+        let error = relative(&bf16_values(session.as_mut(), output), &expected_output);
+        assert!(error < 1e-2, "{tokens}x{inputs}: the output is off by {error}");
+        let error = relative(&bf16_values(session.as_mut(), grad_input), &expected_grad);
+        assert!(error < 1e-2, "{tokens}x{inputs}: the gradient is off by {error}");
+    }
+}
+
+const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576,
+    "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "vocab_size": 4099, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048,
+    "tie_word_embeddings": true, "hidden_act": "silu", "initializer_range": 0.05}"#;
+
+const TOKENS: usize = 256;
+
+/// Losses of some updates on the same few micro-batches, and the gradient norms.
+fn train(
+    target: &Target,
+    open: twin::Opener,
+    method: &Method,
+    recompute: Recompute,
+    updates: usize,
+) -> (Vec<f64>, Vec<f64>) {
+    let config = ModelConfig::parse(CONFIG).expect("a configuration");
+    let options = TrainingOptions {
+        method: method.clone(),
+        sizes: vec![TOKENS],
+        evaluate: false,
+        recompute: vec![recompute; config.layers],
+        betas: [0.9, 0.999],
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        max_grad_norm: 1.0,
+        eight_bit: false,
+        generation: None,
+    };
+    let workload = training_workload(&config, &options, target).expect("a workload");
+    let plan = plan(workload, target.clone()).expect("a plan");
+    let mut session = open(plan, Arc::new(RandomWeights::new(&config, 7))).expect("a session");
+    let find = |session: &dyn Session, name: &str| session.plan().workload.find(name).expect("a buffer");
+    let program = |session: &dyn Session, name: &str| session.plan().workload.program(name);
+    // LoRA matrices away from zero, so that every gradient is there from the start.
+    let adapters: Vec<(BufferId, usize)> = session
+        .plan()
+        .workload
+        .of_kind(Kind::Adapter)
+        .filter(|(_, buffer)| buffer.dtype == DType::F32)
+        .map(|(id, buffer)| (id, buffer.elements()))
+        .collect();
+    for (id, elements) in adapters {
+        let name = session.plan().workload.buffer(id).name.clone();
+        let values: Vec<f32> = uniform(&name, elements).iter().map(|v| v * 0.05).collect();
+        session.write(id, bytemuck::cast_slice(&values)).expect("write");
+    }
+    if let Some(refresh) = program(session.as_ref(), "refresh") {
+        session.run(refresh).expect("refresh");
+    }
+    let inputs = |part: &str| format!("inputs.{TOKENS}.{part}");
+    let write = |session: &mut dyn Session, name: &str, bytes: &[u8]| {
+        let id = find(session, name);
+        session.write(id, bytes).expect("write");
+    };
+    // Only there with an adapter; the random key only where something is drawn.
+    if let Some(id) = session.plan().workload.find("lora_scale") {
+        session.write(id, bytemuck::cast_slice(&[2.0f32])).expect("write");
+    }
+    let (mut losses, mut norms) = (Vec::new(), Vec::new());
+    for update in 0..updates {
+        // Three documents and a tail of padding.
+        let lengths = [100usize, 3, 120, 33];
+        let ids: Vec<i32> = (0..TOKENS)
+            .map(|t| (random::bits([update as u32 % 2, 5, 0, 0], 1, t as u32, 0) % 300 + 1) as i32)
+            .collect();
+        let (mut start, mut end, mut positions, mut at) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for length in lengths {
+            for position in 0..length {
+                start.push(at as i32);
+                end.push((at + length) as i32);
+                positions.push(position as i32);
+            }
+            at += length;
+        }
+        let last = TOKENS - lengths[3];
+        let targets: Vec<i32> =
+            (0..TOKENS).map(|t| if t + 1 < end[t] as usize && t < last { ids[t + 1] } else { -100 }).collect();
+        let labels = targets.iter().filter(|&&target| target >= 0).count() as f32;
+        write(session.as_mut(), &inputs("ids"), bytemuck::cast_slice(&ids));
+        write(session.as_mut(), &inputs("positions"), bytemuck::cast_slice(&positions));
+        write(session.as_mut(), &inputs("document_start"), bytemuck::cast_slice(&start));
+        write(session.as_mut(), &inputs("document_end"), bytemuck::cast_slice(&end));
+        write(session.as_mut(), &inputs("targets"), bytemuck::cast_slice(&targets));
+        write(session.as_mut(), &inputs("token_weights"), bytemuck::cast_slice(&[1.0f32; TOKENS]));
+        write(session.as_mut(), "loss_scale", bytemuck::cast_slice(&[1.0 / labels]));
+        let step = update as i32 + 1;
+        let hyper = [1e-3f32, 1.0 - 0.9f32.powi(step), (1.0 - 0.999f32.powi(step)).sqrt(), 0.0];
+        write(session.as_mut(), "hyper", bytemuck::cast_slice(&hyper));
+        write(session.as_mut(), "random_key", bytemuck::cast_slice(&[3407u32, 0, update as u32, 0]));
+        for name in ["begin".to_string(), format!("micro.{TOKENS}"), "update".to_string()] {
+            let program = program(session.as_ref(), &name).expect("a program");
+            session.run(program).expect("run");
+        }
+        let loss = find(session.as_ref(), "loss_sum");
+        losses.push(f64::from(read_values::<f32>(session.as_mut(), loss).expect("read")[0]));
+        let norm = find(session.as_ref(), "grad_norm");
+        norms.push(f64::from(read_values::<f32>(session.as_mut(), norm).expect("read")[0]));
+    }
+    (losses, norms)
+}
+
+fn lora(weights: Option<DType>, dropout: f32) -> Method {
+    let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
+    Method::Lora { adapter: AdapterOptions { rank: 8, targets, dropout }, weights }
+}
+
+fn open_cpu(plan: Plan, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>, EngineError> {
+    Ok(Box::new(cpu::open(plan, weights)?))
+}
+
+/// Each loss within 1%, the fall within 5% and the gradient norms within 5% of the f32 engine's.
+#[test]
+fn training_follows_the_cpu_engine() {
+    let Some(target) = card() else { return };
+    let reference_target = cpu::target().expect("a target");
+    let mut failures = Vec::new();
+    for (name, method, recompute) in [
+        ("lora", lora(None, 0.0), Recompute::None),
+        ("lora, all recomputed", lora(None, 0.0), Recompute::All),
+        ("lora with dropout", lora(None, 0.1), Recompute::Cheap),
+        ("full", Method::Full, Recompute::None),
+    ] {
+        let (expected, expected_norms) = train(&reference_target, &open_cpu, &method, recompute, 20);
+        let (found, norms) = train(&target, &open, &method, recompute, 20);
+        println!("{name}: losses on the CPU {expected:.4?}\n{name}: losses on the card {found:.4?}");
+        println!("{name}: norms on the CPU {expected_norms:.4?}\n{name}: norms on the card {norms:.4?}");
+        let worst = |a: &[f64], b: &[f64]| {
+            let apart = a.iter().zip(b).map(|(a, b)| if a.is_nan() { f64::INFINITY } else { (a - b).abs() / b });
+            apart.fold(0.0, f64::max)
+        };
+        let (loss, norm) = (worst(&found, &expected), worst(&norms, &expected_norms));
+        let fall = |losses: &[f64]| losses[0] + losses[1] - losses[18] - losses[19];
+        let fall = (fall(&found) / fall(&expected) - 1.0).abs();
+        println!("{name}: losses within {loss:.1e}, norms within {norm:.1e}, fall within {fall:.1e}");
+        let fits = loss <= 0.01 && norm <= 0.05 && fall <= 0.05;
+        if !fits {
+            failures.push(format!("{name}: losses off by {loss:.3}, norms by {norm:.3}, the fall by {fall:.3}"));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// The same run twice gives the same bits, the first through launches and then through graphs.
+#[test]
+fn training_repeats_bit_for_bit() {
+    let Some(target) = card() else { return };
+    let method = lora(Some(DType::Nf4), 0.1);
+    let first = train(&target, &open, &method, Recompute::All, 6);
+    let second = train(&target, &open, &method, Recompute::All, 6);
+    assert_eq!(first, second);
+    assert!(first.0.iter().all(|loss| loss.is_finite()), "{:?}", first.0);
+    assert!(first.0[5] < first.0[0], "the loss does not fall: {:?}", first.0);
+}

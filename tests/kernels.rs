@@ -1,0 +1,80 @@
+//! Every kernel compiles for every architecture it has to run on, on a machine without a card.
+//!
+//! NVRTC is found as the engine finds it; `tests/run.sh` installs it for the Python of its virtual environment.
+
+use tune::backend::cuda::compile::{Define, SOURCES, Source, compile, compiler_version};
+use tune::backend::cuda::library::{self, Library};
+
+const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
+
+fn attention(head_dim: usize, window: usize, softcap: f32, sizes: &[(&'static str, usize)]) -> Vec<Define> {
+    let mut defines: Vec<Define> = vec![
+        ("HEADS", "8".into()),
+        ("KV_HEADS", "2".into()),
+        ("HEAD_DIM", head_dim.to_string()),
+        ("SCALE", "0.125f".into()),
+        ("WINDOW", window.to_string()),
+        ("SOFTCAP", format!("{softcap:?}f")),
+    ];
+    defines.extend(sizes.iter().map(|(name, value)| (*name, value.to_string())));
+    defines
+}
+
+/// What a file is compiled with: attention for each size of head.
+fn variants(source: &Source, architecture: &str) -> Vec<Vec<Define>> {
+    let small = |d: usize| d <= 128;
+    let mut variants = Vec::new();
+    for (d, window, softcap) in [(64, 0, 0.0), (80, 100, 30.0), (128, 0, 0.0), (256, 0, 0.0)] {
+        match source.name {
+            "attention" => {
+                let (row_tiles, block) = if small(d) { (2, 64) } else { (1, 32) };
+                let sizes = [("WARPS", 4), ("ROW_TILES", row_tiles), ("BLOCK_N", block)];
+                variants.push(attention(d, window, softcap, &sizes));
+            }
+            "attention_backward" => {
+                let (warps, block, passes) = if small(d) { (8, 64, 1) } else { (4, 32, 2) };
+                let sizes = [
+                    ("KEY_WARPS", warps),
+                    ("KEY_BLOCK_M", block),
+                    ("KEY_PASSES", passes),
+                    ("QUERY_WARPS", warps),
+                    ("QUERY_BLOCK_N", block),
+                ];
+                variants.push(attention(d, window, softcap, &sizes));
+            }
+            "attention_hopper" | "attention_backward_hopper" => {
+                if architecture == "sm_90a" && matches!(d, 64 | 128) {
+                    variants.push(attention(d, window, softcap, &[]));
+                }
+            }
+            _ => return vec![Vec::new()],
+        }
+    }
+    variants
+}
+
+#[test]
+fn every_kernel_compiles_for_every_architecture() {
+    let found =
+        library::find().iter().find(|found| found.library == Library::Nvrtc).and_then(|found| found.path.clone());
+    let Some(path) = found else {
+        panic!("NVRTC was not found; `pip install nvidia-cuda-nvrtc` in the active Python, as tests/run.sh does");
+    };
+    let (major, minor) = compiler_version().expect("a version");
+    println!("NVRTC {major}.{minor}, {}", path.display());
+    let mut failures = Vec::new();
+    let mut compiled = 0;
+    for source in SOURCES {
+        for architecture in ARCHITECTURES {
+            for defines in variants(source, architecture) {
+                match compile(source, &defines, architecture) {
+                    Ok(binary) => assert!(!binary.is_empty(), "{} for {architecture} is empty", source.name),
+                    Err(error) => failures.push(error.to_string()),
+                }
+                compiled += 1;
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} of {compiled} did not compile:\n{}", failures.len(), failures.join("\n"));
+    println!("{compiled} kernel files compiled");
+}
