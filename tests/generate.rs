@@ -2,10 +2,13 @@
 
 use std::cell::RefCell;
 use std::ops::{ControlFlow, Range};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use tune::backend::{EngineError, Session};
+use serde::Deserialize;
+use tune::backend::{self, EngineError, Session};
 use tune::generate::{Answer, Finish, GenerateError, Generator, Sampling};
+use tune::model::{GenerationOptions, Model as RealModel, generation_workload};
 use tune::program::{BufferId, DType, Kind, Plan, Rates, Role, Target, Workload, WorkloadBuilder, plan};
 
 const VOCABULARY: usize = 32;
@@ -217,4 +220,53 @@ fn prompts_that_cannot_be_run_are_refused_with_the_figures() {
     assert!(matches!(error(&[1; 9]), GenerateError::PromptTooLong { tokens: 9, capacity: 8 }));
     assert!(matches!(error(&[40]), GenerateError::UnknownToken { token: 40, vocabulary: VOCABULARY }));
     assert!(runs.borrow().is_empty());
+}
+
+/// `smollm2-135m-greedy.json`, made by `tests/reference/make_golden.py`: greedy answers of Transformers in f32.
+#[derive(Deserialize)]
+struct Golden {
+    runs: Vec<GoldenAnswer>,
+}
+
+#[derive(Deserialize)]
+struct GoldenAnswer {
+    prompt: String,
+    prompt_ids: Vec<u32>,
+    /// The stop token included.
+    generated_ids: Vec<u32>,
+    finished: bool,
+}
+
+fn smollm2() -> Option<PathBuf> {
+    let folder = std::env::var_os("TUNE_SMOLLM2")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("models/smollm2-135m"), PathBuf::from);
+    if folder.join("config.json").exists() {
+        return Some(folder);
+    }
+    println!("left out: no SmolLM2 at {}; tests/run.sh makes it", folder.display());
+    None
+}
+
+#[test]
+fn greedy_answers_of_smollm2_equal_those_of_transformers() {
+    let Some(folder) = smollm2() else { return };
+    let golden: Golden = serde_json::from_str(include_str!("fixtures/smollm2-135m-greedy.json")).unwrap();
+    let model = RealModel::open(&folder, 0).unwrap();
+    let choice = backend::choose("cpu", "f32").unwrap();
+    let options = GenerationOptions { capacity: 256, prefill_sizes: vec![16, 64] };
+    let workload = generation_workload(&model.config, &options, None, None, &choice.target).unwrap();
+    let plan = plan::plan(workload, choice.target).unwrap();
+    let mut session = backend::open(plan, model.weights.clone(), &choice.device).unwrap();
+    let mut generator = Generator::new(&session.plan().workload, &model.eos_token_ids, options.capacity).unwrap();
+    for run in golden.runs {
+        let max_tokens = run.generated_ids.len();
+        let answer =
+            generator.generate(session.as_mut(), &run.prompt_ids, &Sampling::default(), max_tokens, go).unwrap();
+        let mut tokens = answer.tokens;
+        if let Finish::Stop(token) = answer.finish {
+            tokens.push(token);
+        }
+        assert_eq!(tokens, run.generated_ids, "{}", run.prompt);
+        assert_eq!(matches!(answer.finish, Finish::Stop(_)), run.finished, "{}", run.prompt);
+    }
 }

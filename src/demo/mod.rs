@@ -1,6 +1,8 @@
 //! What is compiled into the binary for the id `demo`: a small model with its tokenizer, and questions about
 //! `tune`. How they were made is in `assets/demo/README.md`.
 
+use crate::spec::{EvalData, RunSpec, TrainData};
+
 /// Files of the embedded model, `(name, bytes)` as they would lie in a model folder.
 pub fn files() -> &'static [(&'static str, &'static [u8])] {
     &[
@@ -20,6 +22,31 @@ pub fn questions() -> &'static str {
 /// Evaluation rows: other phrasings of the same questions, in the same format.
 pub fn held_out() -> &'static str {
     include_str!("../../assets/demo/held_out.jsonl")
+}
+
+/// Questions whose answers `tune demo` shows before and after; all three are held out.
+pub const SHOWN: [&str; 3] = [
+    "What programming language is tune written in?",
+    "Will my run go on if I close the laptop?",
+    "Can you explain overfitting?",
+];
+
+/// The run that `tune demo` starts.
+pub fn spec() -> RunSpec {
+    let mut spec = RunSpec::default();
+    spec.model.id = "demo".into();
+    spec.data.train = TrainData::Path("demo".into());
+    spec.data.eval = EvalData::Path("demo".into());
+    spec.data.max_length = 256;
+    spec.method.rank = 16;
+    spec.method.alpha = 32.0;
+    spec.train.epochs = 12.0;
+    spec.train.batch = 16;
+    spec.train.learning_rate = Some(4e-3);
+    spec.train.eval_every = 0.0;
+    spec.train.save_every = 0.0;
+    spec.sample.prompts = SHOWN.map(String::from).to_vec();
+    spec
 }
 
 #[cfg(test)]
@@ -60,6 +87,12 @@ mod tests {
             assert!(!asked.contains(&plain(prompt)), "trained on: {prompt}");
             assert!(answers.contains(completion), "never taught: {completion}");
         }
+    }
+
+    #[test]
+    fn the_questions_shown_are_held_out() {
+        let held_out: HashSet<String> = rows(held_out()).into_iter().map(|(prompt, _)| prompt).collect();
+        assert!(SHOWN.iter().all(|question| held_out.contains(*question)));
     }
 
     #[test]

@@ -25,6 +25,25 @@ impl Default for Sampling {
     }
 }
 
+/// What Transformers takes when a model samples and does not say how many tokens it chooses from.
+const TRANSFORMERS_TOP_K: usize = 50;
+
+impl Sampling {
+    /// What a model's own `generation_config.json` asks for: greedy unless it says `do_sample`.
+    pub fn of_generation_config(config: &serde_json::Value) -> Self {
+        let number = |key: &str| config.get(key).and_then(serde_json::Value::as_f64).map(|value| value as f32);
+        let mut sampling = Self::default();
+        sampling.repetition_penalty = number("repetition_penalty").unwrap_or(1.0);
+        if config.get("do_sample").and_then(serde_json::Value::as_bool) == Some(true) {
+            sampling.temperature = number("temperature").unwrap_or(1.0);
+            sampling.top_k = number("top_k").map_or(TRANSFORMERS_TOP_K, |value| value as usize);
+            sampling.top_p = number("top_p").unwrap_or(1.0);
+            sampling.min_p = number("min_p").unwrap_or(0.0);
+        }
+        sampling
+    }
+}
+
 /// A setting outside of what it may be.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{setting} is {value}; it must be {allowed}")]
@@ -277,6 +296,15 @@ mod tests {
         for (count, expected) in counts.into_iter().zip([0.2, 0.5, 0.3]) {
             assert!((f64::from(count) / 20_000.0 - expected).abs() < 0.015, "{counts:?}");
         }
+    }
+
+    #[test]
+    fn a_generation_config_counts_only_where_it_samples() {
+        let of = |text: &str| Sampling::of_generation_config(&serde_json::from_str(text).unwrap());
+        assert_eq!(of(r#"{"temperature": 0.6, "top_p": 0.9}"#), Sampling::default());
+        let sampling = of(r#"{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1}"#);
+        assert_eq!((sampling.temperature, sampling.top_k, sampling.top_p), (0.7, 50, 0.8));
+        assert_eq!(sampling.repetition_penalty, 1.1);
     }
 
     #[test]
