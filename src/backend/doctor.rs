@@ -48,3 +48,45 @@ impl Finding {
         Self { name: name.into(), state: State::Missing, detail: detail.into(), mend: mend.into() }
     }
 }
+
+/// Every engine's report, the fastest engine first.
+pub fn reports() -> Vec<Report> {
+    vec![cpu()]
+}
+
+fn cpu() -> Report {
+    let mut findings = Vec::new();
+    match super::cpu::target() {
+        Ok(target) => findings.push(Finding::found("processor", target.name)),
+        Err(error) => findings.push(Finding::missing("processor", error.to_string(), "")),
+    }
+    let usable = findings.iter().all(|finding| finding.state == State::Found);
+    let vectors = vector_units();
+    findings.push(match vectors.is_empty() {
+        false => Finding::found("vectors", vectors.join(", ")),
+        true => Finding::absent("vectors", "no wide vector units are known on this processor: products are slow", ""),
+    });
+    Report { engine: "cpu", usable, findings }
+}
+
+/// Instruction sets that matrix products use, as the processor reports them.
+fn vector_units() -> Vec<&'static str> {
+    let mut units = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        for (name, there) in [
+            ("AVX2", std::arch::is_x86_feature_detected!("avx2")),
+            ("FMA", std::arch::is_x86_feature_detected!("fma")),
+            ("AVX-512", std::arch::is_x86_feature_detected!("avx512f")),
+        ] {
+            if there {
+                units.push(name);
+            }
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if std::arch::is_aarch64_feature_detected!("neon") {
+        units.push("NEON");
+    }
+    units
+}

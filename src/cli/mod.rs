@@ -1,3 +1,95 @@
 //! The command line: one file a verb.
 
+pub mod command;
+pub mod compare;
 pub mod data;
+pub mod describe;
+pub mod doctor;
+pub mod logs;
+pub mod new;
+pub mod paint;
+pub mod plan;
+pub mod report;
+pub mod request;
+pub mod resume;
+pub mod rm;
+pub mod runs;
+pub mod train;
+pub mod wait;
+pub mod watch;
+pub mod worker;
+
+use std::ffi::OsString;
+
+use clap::{Parser, Subcommand};
+
+use crate::run::worker::exit;
+
+/// Fine-tune language models on the machine you are logged in to
+#[derive(Parser, Debug)]
+#[command(name = "tune", version, disable_help_subcommand = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand, Debug)]
+enum Verb {
+    New(new::Arguments),
+    Train(train::Arguments),
+    Plan(plan::Arguments),
+    Data(data::Args),
+    Runs(runs::Arguments),
+    Attach(logs::Attach),
+    Logs(logs::Arguments),
+    Wait(wait::Arguments),
+    Pause(command::Pause),
+    Continue(command::Continue),
+    Save(command::Save),
+    Set(command::Set),
+    Stop(command::Stop),
+    Resume(resume::Arguments),
+    Compare(compare::Arguments),
+    Rm(rm::Arguments),
+    Doctor(doctor::Arguments),
+    #[command(hide = true)]
+    Worker(worker::Arguments),
+}
+
+/// Runs a command line, the program's name first; gives the exit code.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors, and go to standard output.
+            let code = if error.use_stderr() { exit::REQUEST } else { exit::DONE };
+            let _ = error.print();
+            return code;
+        }
+    };
+    let result = match cli.verb {
+        Verb::New(arguments) => new::run(arguments),
+        Verb::Train(arguments) => train::run(arguments),
+        Verb::Plan(arguments) => plan::run(arguments),
+        Verb::Data(arguments) => data::run(&arguments),
+        Verb::Runs(arguments) => runs::run(arguments),
+        Verb::Attach(arguments) => logs::attach(arguments),
+        Verb::Logs(arguments) => logs::run(arguments),
+        Verb::Wait(arguments) => wait::run(arguments),
+        Verb::Pause(arguments) => command::pause(arguments),
+        Verb::Continue(arguments) => command::go_on(arguments),
+        Verb::Save(arguments) => command::save(arguments),
+        Verb::Set(arguments) => command::set(arguments),
+        Verb::Stop(arguments) => command::stop(arguments),
+        Verb::Resume(arguments) => resume::run(arguments),
+        Verb::Compare(arguments) => compare::run(arguments),
+        Verb::Rm(arguments) => rm::run(arguments),
+        Verb::Doctor(arguments) => doctor::run(arguments),
+        Verb::Worker(arguments) => worker::run(arguments),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) if report::is_closed_pipe(&error) => exit::DONE,
+        Err(error) => report::report(&error),
+    }
+}

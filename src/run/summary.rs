@@ -72,6 +72,8 @@ pub struct Summary {
     /// Why it stopped or failed.
     pub reason: Option<String>,
     pub hint: Option<String>,
+    /// It failed because the request was wrong.
+    pub request: bool,
     /// The result, once there is one.
     pub path: Option<PathBuf>,
     /// The worker's process, while it lives.
@@ -145,8 +147,9 @@ impl Summary {
                 self.step = *step;
                 self.reason = Some(reason.clone());
             }
-            Event::Failed { error, hint, .. } => {
+            Event::Failed { error, hint, request } => {
                 self.state = State::Failed;
+                self.request = *request;
                 (self.reason, self.hint) = (Some(error.clone()), Some(hint.clone()));
             }
             Event::Finished { path, .. } => {
@@ -159,7 +162,7 @@ impl Summary {
 
     fn begin(&mut self, state: State) {
         self.state = state;
-        (self.reason, self.hint, self.path) = (None, None, None);
+        (self.reason, self.hint, self.path, self.request) = (None, None, None, false);
     }
 
     /// Sets what the lock says about the worker: a run that is not over and has none is dead.

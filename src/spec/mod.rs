@@ -231,6 +231,13 @@ impl RunSpec {
     }
 }
 
+impl EngineSpec {
+    /// `vram` in bytes; none for what is free.
+    pub fn budget(&self) -> Option<u64> {
+        size::parse(&self.vram)
+    }
+}
+
 impl Default for DataSource {
     fn default() -> Self {
         Self {

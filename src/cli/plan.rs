@@ -1,0 +1,234 @@
+//! `tune plan`: the memory and time of a run, from the very workload that would run.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::describe::{duration, grouped};
+use super::paint::{Stream, Tone, paint};
+use super::request::Request;
+use super::train::{check_engine, resolved};
+use crate::backend::{self, Choice, EngineError, Session};
+use crate::program::{Plan, Role, plan};
+use crate::run::worker::exit;
+use crate::spec::size;
+use crate::train::{self, Prepared};
+
+/// Say what a run needs: memory by kind, time, micro-batch sizes; nothing is allocated
+#[derive(Args, Debug)]
+pub struct Arguments {
+    #[command(flatten)]
+    request: Request,
+    /// Open the device and time every operation
+    #[arg(long)]
+    measure: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is printed.
+#[derive(Serialize)]
+struct Answer {
+    model: String,
+    device: String,
+    reason: String,
+    rows: usize,
+    eval_rows: usize,
+    steps: u64,
+    /// Everything the plan takes on the device.
+    peak_bytes: u64,
+    bytes: BTreeMap<&'static str, u64>,
+    /// Bytes that the plan may take; none when only the machine limits it.
+    available_bytes: Option<u64>,
+    micro_sizes: Vec<usize>,
+    recomputed_layers: usize,
+    partly_recomputed_layers: usize,
+    /// Of an update of the mean length, from the target's rates.
+    estimated_step_seconds: f64,
+    estimated_run_seconds: f64,
+    step_flops: f64,
+    programs: Vec<plan::ProgramSummary>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    measured: Option<Vec<Measured>>,
+}
+
+/// One operation, timed on the device, all steps of its kind in the program together.
+#[derive(Serialize)]
+struct Measured {
+    program: String,
+    operation: &'static str,
+    count: usize,
+    /// Fastest of the repeats.
+    milliseconds: f64,
+    /// What the target's rates allow.
+    floor_milliseconds: f64,
+    /// Of the program's time.
+    share: f64,
+}
+
+pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
+    let spec = resolved(&arguments.request)?;
+    let choice = check_engine(&spec)?;
+    let prepared = train::prepare(&spec, &|_| {})?;
+    let mut target = choice.target.clone();
+    if let Some(budget) = spec.engine.budget() {
+        target.memory = Some(target.memory.map_or(budget, |free| free.min(budget)));
+    }
+    let lengths: Vec<usize> =
+        prepared.data.train.iter().chain(&prepared.data.eval).map(|row| row.input_ids.len()).collect();
+    let (plan, chosen) =
+        train::search(&spec, &prepared.model.config, &lengths, &target)?.run().map_err(train::TrainError::from)?;
+    let (flops, seconds) = update_cost(&plan, &prepared);
+    let measured = arguments.measure.then(|| measure(plan.clone(), &prepared, &choice)).transpose()?;
+    let answer = Answer {
+        model: spec.model.id.clone(),
+        device: target.name.clone(),
+        reason: choice.reason.clone(),
+        rows: prepared.data.train.len(),
+        eval_rows: prepared.data.eval.len(),
+        steps: prepared.steps,
+        peak_bytes: plan.summary.peak_bytes,
+        bytes: plan.summary.bytes.clone(),
+        available_bytes: target.memory,
+        micro_sizes: chosen.sizes.clone(),
+        recomputed_layers: chosen.recomputed_layers,
+        partly_recomputed_layers: chosen.cheap_layers.saturating_sub(chosen.recomputed_layers),
+        estimated_step_seconds: seconds,
+        estimated_run_seconds: seconds * prepared.steps as f64,
+        step_flops: flops,
+        programs: plan.summary.programs.clone(),
+        measured,
+    };
+    match arguments.json {
+        true => println!("{}", serde_json::to_string(&answer)?),
+        false => print(&answer),
+    }
+    Ok(exit::DONE)
+}
+
+/// FLOPs and estimated seconds of an update of mean length: its tokens at the price of the largest micro-batch.
+fn update_cost(plan: &Plan, prepared: &Prepared) -> (f64, f64) {
+    let tokens: usize = prepared.data.train.iter().map(|row| row.input_ids.len()).sum();
+    let per_update = tokens as f64 / prepared.steps_per_epoch as f64;
+    let programs = &plan.summary.programs;
+    let micro = programs.iter().filter(|program| program.role == Role::Micro).max_by_key(|program| program.tokens);
+    let share = micro.map_or(0.0, |micro| per_update / micro.tokens.max(1) as f64);
+    let (flops, seconds) = micro.map_or((0.0, 0.0), |micro| (micro.flops as f64, micro.estimated_seconds));
+    let update = programs.iter().filter(|program| program.role == Role::Update);
+    update.fold((flops * share, seconds * share), |(flops, seconds), program| {
+        (flops + program.flops as f64, seconds + program.estimated_seconds)
+    })
+}
+
+fn print(answer: &Answer) {
+    let heading = |text: &str| println!("\n{}", paint(Stream::Out, Tone::Strong, text));
+    println!("model   {}", answer.model);
+    println!("device  {} ({})", answer.device, answer.reason);
+    println!(
+        "data    {} rows, {} held out; {} updates",
+        grouped(answer.rows as u64),
+        grouped(answer.eval_rows as u64),
+        grouped(answer.steps)
+    );
+    heading("memory on the device");
+    let mut kinds: Vec<_> = answer.bytes.iter().filter(|(_, bytes)| **bytes > 0).collect();
+    kinds.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
+    for (kind, bytes) in kinds {
+        println!("  {kind:12} {:>10}", size::format(*bytes));
+    }
+    let of = answer.available_bytes.map(|bytes| format!(" of {}", size::format(bytes))).unwrap_or_default();
+    println!("  {:12} {:>10}{of}", "peak", size::format(answer.peak_bytes));
+    heading("programs, estimated");
+    println!("  {:16} {:>10} {:>12} {:>12} {:>10}", "PROGRAM", "OPERATIONS", "GFLOP", "MOVED", "TIME");
+    for program in &answer.programs {
+        println!(
+            "  {:16} {:>10} {:>12.1} {:>12} {:>10}",
+            program.name,
+            program.operations,
+            program.flops as f64 / 1e9,
+            size::format(program.bytes_moved),
+            duration(program.estimated_seconds)
+        );
+    }
+    let sizes = answer.micro_sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    println!("\nmicro-batches of {sizes} tokens");
+    println!("layers computed again: {} whole, {} in part", answer.recomputed_layers, answer.partly_recomputed_layers);
+    println!("an update, estimated: {}, {:.1} GFLOP", duration(answer.estimated_step_seconds), answer.step_flops / 1e9);
+    println!("the run, estimated: {} without evaluations", duration(answer.estimated_run_seconds));
+    if let Some(measured) = &answer.measured {
+        heading("operations, measured on the device");
+        println!("  {:16} {:24} {:>5} {:>10} {:>10} {:>6}", "PROGRAM", "OPERATION", "COUNT", "MS", "FLOOR MS", "SHARE");
+        for row in measured {
+            println!(
+                "  {:16} {:24} {:>5} {:>10.3} {:>10.3} {:>5.1}%",
+                row.program,
+                row.operation,
+                row.count,
+                row.milliseconds,
+                row.floor_milliseconds,
+                row.share * 100.0
+            );
+        }
+    }
+}
+
+/// Runs of each program; the fastest time of an operation counts.
+const REPEATS: usize = 3;
+
+/// Times every operation of the largest micro-batch and of the update.
+fn measure(plan: Plan, prepared: &Prepared, choice: &Choice) -> Result<Vec<Measured>, EngineError> {
+    let mut session = backend::open(plan, prepared.model.weights.clone(), &choice.device)?;
+    let workload = session.plan().workload.clone();
+    let target = session.plan().target.clone();
+    let largest = |role: Role| {
+        let programs = workload.programs.iter().enumerate().filter(|(_, program)| program.role == role);
+        programs.max_by_key(|(_, program)| program.tokens).map(|(index, _)| index)
+    };
+    let mut rows: Vec<Measured> = Vec::new();
+    for index in [Role::Micro, Role::Update].into_iter().filter_map(largest) {
+        let program = &workload.programs[index];
+        let mut best = vec![f64::INFINITY; program.steps.len()];
+        for _ in 0..REPEATS {
+            time_steps(&mut *session, index, &mut best)?;
+        }
+        let total: f64 = best.iter().sum();
+        let first = rows.len();
+        for (step, seconds) in program.steps.iter().zip(best) {
+            let name = step.op.name();
+            let floor = plan::estimate_op(&workload, &step.op, &target);
+            let at = rows[first..].iter().position(|row| row.operation == name).map(|at| first + at);
+            let at = at.unwrap_or_else(|| {
+                let program = program.name.clone();
+                rows.push(Measured {
+                    program,
+                    operation: name,
+                    count: 0,
+                    milliseconds: 0.0,
+                    floor_milliseconds: 0.0,
+                    share: 0.0,
+                });
+                rows.len() - 1
+            });
+            rows[at].count += 1;
+            rows[at].milliseconds += seconds * 1e3;
+            rows[at].floor_milliseconds += floor * 1e3;
+            rows[at].share += seconds / total;
+        }
+        rows[first..].sort_by(|a, b| b.milliseconds.total_cmp(&a.milliseconds));
+    }
+    Ok(rows)
+}
+
+fn time_steps(session: &mut dyn Session, program: usize, best: &mut [f64]) -> Result<(), EngineError> {
+    for (step, best) in best.iter_mut().enumerate() {
+        session.synchronize()?;
+        let started = Instant::now();
+        session.run_steps(program, step..step + 1)?;
+        session.synchronize()?;
+        *best = best.min(started.elapsed().as_secs_f64());
+    }
+    Ok(())
+}

@@ -1,0 +1,56 @@
+//! What a run is asked to be: a run file, or model and data, with settings over it.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::report::Failure;
+use crate::spec::RunSpec;
+
+/// A run file or the flags in its place.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Request {
+    /// The run file; `tune new` writes one
+    #[arg(value_name = "RUN.toml")]
+    pub file: Option<PathBuf>,
+    /// Model: a folder, a hub id, or "demo"
+    #[arg(long, value_name = "M")]
+    pub model: Option<String>,
+    /// Data: a file, a folder, or a dataset's id
+    #[arg(long, value_name = "D")]
+    pub data: Option<String>,
+    /// Set a key of the run file, as train.learning_rate=1e-4; may be given again
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub settings: Vec<String>,
+}
+
+impl Request {
+    /// The spec that is asked for, checked but not resolved.
+    ///
+    /// # Errors
+    /// When nothing is asked for, the file cannot be read, or a key or value is wrong.
+    pub fn spec(&self) -> anyhow::Result<RunSpec> {
+        if self.file.is_none() && self.model.is_none() && self.data.is_none() && self.settings.is_empty() {
+            return Err(Failure::request(
+                "there is nothing to train",
+                "name a run file, or --model M --data D; `tune demo` needs neither",
+            )
+            .into());
+        }
+        let mut spec = match &self.file {
+            Some(file) => RunSpec::read(file, &[])?,
+            None => RunSpec::default(),
+        };
+        spec.apply(&self.all_settings())?;
+        Ok(spec)
+    }
+
+    /// The flags as settings, those of `--set` last.
+    fn all_settings(&self) -> Vec<String> {
+        // Quoted, so that a name such as `1e5` or `true` stays a name.
+        let quoted = |key: &str, value: &String| format!("{key}={}", toml::Value::String(value.clone()));
+        let model = self.model.iter().map(|model| quoted("model.id", model));
+        let data = self.data.iter().map(|data| quoted("data.train", data));
+        model.chain(data).chain(self.settings.iter().cloned()).collect()
+    }
+}
