@@ -9,7 +9,7 @@ use super::report::Failure;
 use super::request::Request;
 use crate::data;
 use crate::run::worker::exit;
-use crate::spec::{EvalData, RunSpec, TrainData, keys};
+use crate::spec::{EvalData, RunSpec, TrainData};
 use crate::train;
 
 /// Write a commented run file with defaults fitted to model and data
@@ -46,13 +46,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
     };
     let anything = arguments.model.is_some() || arguments.data.is_some() || !arguments.settings.is_empty();
     let mut spec = if anything { request.spec()? } else { RunSpec::default() };
-    let chosen = |path: &str| {
-        arguments.settings.iter().any(|setting| {
-            let name = setting.split('=').next().unwrap_or_default().trim();
-            keys::find_path(name).is_some_and(|key| key.path() == path)
-        })
-    };
-    let notes = fit(&mut spec, &chosen)?;
+    let notes = fit(&mut spec, &request)?;
     let text = spec.commented();
     if to_output {
         std::io::stdout().lock().write_all(text.as_bytes())?;
@@ -70,29 +64,29 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
 }
 
 /// Fits what was not chosen to the model and the data; says what and why.
-fn fit(spec: &mut RunSpec, chosen: &dyn Fn(&str) -> bool) -> anyhow::Result<Vec<String>> {
+fn fit(spec: &mut RunSpec, request: &Request) -> anyhow::Result<Vec<String>> {
     let mut notes = Vec::new();
     if spec.model.id.is_empty() {
         return Ok(notes);
     }
     let (model, tokenizer) = train::open_model(spec)?;
     let context = model.config.max_position_embeddings;
-    if spec.data.max_length > context && !chosen("data.max_length") {
+    if spec.data.max_length > context && !request.names("data", "max_length") {
         spec.data.max_length = context;
         notes.push(format!("data.max_length = {context}: the model's context"));
     }
     if matches!(&spec.data.train, TrainData::Path(path) if path.is_empty()) {
         return Ok(notes);
     }
-    let loaded = data::load(&spec.data, spec.train.seed, tokenizer.as_ref(), &|_| {})?;
+    let loaded = data::load(&spec.data, spec.train.seed, Some(&tokenizer), &|_| {})?;
     let rows = loaded.train.len() + loaded.eval.len();
     let longest = loaded.report.lengths.iter().copied().max().unwrap_or(0);
     let needed = longest.next_multiple_of(64).max(64);
-    if needed < spec.data.max_length && !chosen("data.max_length") {
+    if needed < spec.data.max_length && !request.names("data", "max_length") {
         spec.data.max_length = needed;
         notes.push(format!("data.max_length = {needed}: the longest row has {longest} tokens"));
     }
-    if matches!(spec.data.eval, EvalData::Fraction(_)) && !chosen("data.eval") {
+    if matches!(spec.data.eval, EvalData::Fraction(_)) && !request.names("data", "eval") {
         let fraction = match rows {
             0..10 => 0.0,
             10..200 => 0.2,
@@ -110,7 +104,7 @@ fn fit(spec: &mut RunSpec, chosen: &dyn Fn(&str) -> bool) -> anyhow::Result<Vec<
     }
     // Fewer than 50 updates hardly move a model; more than three times over the rows it learns them by heart.
     let updates = rows as f64 / spec.train.batch as f64;
-    if updates < 50.0 && !chosen("train.epochs") && !chosen("train.steps") {
+    if updates < 50.0 && !request.names("train", "epochs") && !request.names("train", "steps") {
         spec.train.epochs = 3.0;
         notes.push(format!("train.epochs = 3: {rows} rows make few updates"));
     }

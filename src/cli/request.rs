@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::report::Failure;
 use crate::spec::RunSpec;
+use crate::spec::keys::{self, Key};
 
 /// A run file or the flags in its place.
 #[derive(Args, Clone, Debug, Default)]
@@ -43,6 +44,15 @@ impl Request {
         };
         spec.apply(&self.all_settings())?;
         Ok(spec)
+    }
+
+    /// Whether a key is set by the file or a flag, rather than by its default.
+    pub fn names(&self, section: &str, name: &str) -> bool {
+        let text = self.file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
+        let file = text.and_then(|text| text.parse::<toml::Table>().ok());
+        let in_file = file.is_some_and(|file| file.get(section).is_some_and(|keys| keys.get(name).is_some()));
+        let path = |setting: &str| keys::find_path(setting.split('=').next().unwrap_or_default().trim()).map(Key::path);
+        in_file || self.settings.iter().any(|setting| path(setting) == Some(format!("{section}.{name}")))
     }
 
     /// The flags as settings, those of `--set` last.

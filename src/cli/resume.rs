@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::report::Failure;
-use super::train::{check_engine, start_and_watch};
+use super::train::{Start, check_engine, start_and_watch};
 use crate::run::{Home, RunError, State, Summary};
 use crate::spec::RunSpec;
 
@@ -37,5 +37,5 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         eprintln!("run {} has no checkpoint and starts from the beginning", summary.run);
     }
     let from = std::fs::metadata(folder.events_path()).map(|file| file.len()).unwrap_or(0);
-    start_and_watch(&folder, from, arguments.detach, arguments.json)
+    start_and_watch(&folder, &Start { from, steps: summary.steps, detach: arguments.detach, json: arguments.json })
 }

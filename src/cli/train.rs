@@ -9,6 +9,7 @@ use crate::backend;
 use crate::run::worker::exit;
 use crate::run::{Event, EventReader, Home, RunFolder, changes, launch};
 use crate::spec::{Capabilities, RunSpec, resolve};
+use crate::train;
 
 /// Train: make a run, start its worker, watch it
 #[derive(Args, Debug)]
@@ -28,7 +29,18 @@ pub struct Arguments {
 pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
     let spec = resolved(&arguments.request)?;
     let folder = RunFolder::create(&Home::find()?.runs(), &spec.resolved_toml())?;
-    start_and_watch(&folder, 0, arguments.detach, arguments.json)
+    start_and_watch(&folder, &Start { from: 0, steps: 0, detach: arguments.detach, json: arguments.json })
+}
+
+/// How a run is started and shown.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    /// Byte of the journal from which events are new; 0 for a new run.
+    pub from: u64,
+    /// Updates of the run, where its `started` event is not shown again.
+    pub steps: u64,
+    pub detach: bool,
+    pub json: bool,
 }
 
 /// The spec that is asked for, complete, and known to be within the engine's powers.
@@ -51,6 +63,12 @@ pub fn resolved(request: &Request) -> anyhow::Result<RunSpec> {
         warn(&format!("the data is not what it was when that run was made: {}", changed.join(", ")));
     }
     check_engine(&complete)?;
+    // Opening maps the files and checks their headers; nothing is read yet.
+    let context = train::open_model(&complete)?.0.config.max_position_embeddings;
+    if complete.data.max_length > context && !request.names("data", "max_length") {
+        // Only the default is fitted; a length that was asked for is refused further on.
+        complete.data.max_length = context;
+    }
     if let Some(resolved) = &mut complete.resolved {
         resolved.version = env!("CARGO_PKG_VERSION").into();
     }
@@ -75,11 +93,12 @@ pub fn check_engine(spec: &RunSpec) -> anyhow::Result<backend::Choice> {
     Ok(choice)
 }
 
-/// Starts a run's worker and shows its events from byte `from` on; gives the exit code.
+/// Starts a run's worker and shows its events; gives the exit code.
 ///
 /// # Errors
 /// When the worker cannot be started or is gone without a word.
-pub fn start_and_watch(folder: &RunFolder, from: u64, detach: bool, json: bool) -> anyhow::Result<u8> {
+pub fn start_and_watch(folder: &RunFolder, start: &Start) -> anyhow::Result<u8> {
+    let Start { from, steps, detach, json } = *start;
     if let Some(advice) = launch::start(folder)? {
         warn(&advice);
     }
@@ -91,7 +110,7 @@ pub fn start_and_watch(folder: &RunFolder, from: u64, detach: bool, json: bool) 
         }
         return Ok(exit::DONE);
     }
-    let mut plain = Plain::new();
+    let mut plain = Plain::new().expect(steps);
     let view: &mut dyn View = if json { &mut Json } else { &mut plain };
     match watch(folder, from, Manners::Owner, view)? {
         Ended::Detached => {
