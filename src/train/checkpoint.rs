@@ -107,7 +107,7 @@ fn fill(
     if let Some(like) = adapter {
         let target = staging.join("adapter");
         std::fs::create_dir(&target).map_err(fail(&target))?;
-        stepper.read_adapter(like)?.write(&target)?;
+        stepper.read_adapter(like)?.write(&target).map_err(super::unwritten)?;
     }
     let text = serde_json::to_string_pretty(state).expect("plain JSON");
     std::fs::write(staging.join(STATE), text + "\n").map_err(fail(&staging.join(STATE)))

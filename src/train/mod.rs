@@ -10,7 +10,7 @@ pub mod stepper;
 mod trainer;
 
 pub use controls::{Controls, Recorder};
-pub use prepare::{Prepared, prepare, search};
+pub use prepare::{Prepared, open_model, prepare, search};
 pub use stepper::{StepResult, Stepper};
 pub use trainer::{Outcome, train};
 
@@ -52,6 +52,14 @@ pub enum TrainError {
          is in {checkpoint}"
     )]
     NonFinite { step: u64, norm: f64, place: String, checkpoint: PathBuf },
+}
+
+/// A result that cannot be written is the disk's fault, not the request's.
+fn unwritten(error: ModelError) -> TrainError {
+    match error {
+        ModelError::File { path, what } => TrainError::Write { path, source: std::io::Error::other(what) },
+        other => TrainError::Model(other),
+    }
 }
 
 impl TrainError {

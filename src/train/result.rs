@@ -50,7 +50,7 @@ pub(super) fn write(folder: &RunFolder, stepper: &mut Stepper, prepared: &Prepar
 fn fill(staging: &Path, stepper: &mut Stepper, prepared: &Prepared) -> Result<(), TrainError> {
     std::fs::create_dir(staging).map_err(fail(staging))?;
     if let Some(like) = &prepared.adapter {
-        stepper.read_adapter(like)?.write(staging)?;
+        stepper.read_adapter(like)?.write(staging).map_err(super::unwritten)?;
         return Ok(());
     }
     write_weights(staging, stepper, prepared)?;

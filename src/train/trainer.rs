@@ -208,7 +208,7 @@ fn plan_event(plan: &Plan, choice: &checkpoint::PlanChoice, prepared: &Prepared)
 /// Live changes recorded after the checkpoint: a resumed run makes them again.
 fn changes_to_repeat(folder: &RunFolder, resumed: Option<&State>) -> Replay {
     let Some(state) = resumed else { return Replay::default() };
-    let later = changes::recorded(folder).into_iter().filter(|change| change.step > state.step);
+    let later = changes::recorded(folder).into_iter().filter(|change| change.step >= state.step);
     Replay::new(later.filter(|change| change.key == LEARNING_RATE).collect())
 }
 
