@@ -1,13 +1,45 @@
-//! The arena is sound: sharing memory between transient buffers changes no bit of any result, and nothing reads
-//! a buffer that is dead.
+//! The arena is sound: sharing memory between transient buffers changes no bit of any result, nothing reads a
+//! buffer that is dead, and nothing is allocated once a step has run.
 
 mod tiny;
+
+use std::alloc::{GlobalAlloc, Layout as Allocation, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tiny::{TOKENS, lora, session, step};
 use tune::backend::cpu::{CpuSession, Dead, Layout, Options};
 use tune::backend::{Session, read_values};
 use tune::model::{Method, Recompute};
 use tune::program::Kind;
+
+/// Counts allocations that no message or list would make.
+struct Counting;
+
+const LARGE: usize = 64 << 10;
+static LARGE_ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: passes every call on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Allocation) -> *mut u8 {
+        if layout.size() >= LARGE {
+            LARGE_ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Allocation) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// One test at a time, so that allocations are counted for one alone.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Every persistent f32 buffer after `steps` updates and an evaluation.
 fn results(session: &mut CpuSession, steps: usize) -> Vec<(String, Vec<u32>)> {
@@ -41,6 +73,7 @@ fn assert_same(expected: &[(String, Vec<u32>)], found: &[(String, Vec<u32>)]) {
 
 #[test]
 fn results_are_the_same_bits_with_every_buffer_apart() {
+    let _alone = ALONE.lock();
     for_each_workload(|method, recompute| {
         let expected = results(&mut session(method, recompute, Options::default()), 3);
         let apart = Options { layout: Layout::Apart, ..Options::default() };
@@ -50,9 +83,22 @@ fn results_are_the_same_bits_with_every_buffer_apart() {
 
 #[test]
 fn dead_memory_filled_with_nan_changes_nothing() {
+    let _alone = ALONE.lock();
     for_each_workload(|method, recompute| {
         let expected = results(&mut session(method, recompute, Options::default()), 3);
         let poisoned = Options { dead: Dead::Poisoned, ..Options::default() };
         assert_same(&expected, &results(&mut session(method, recompute, poisoned), 3));
     });
+}
+
+#[test]
+fn nothing_large_is_allocated_after_the_first_step() {
+    let _alone = ALONE.lock();
+    let mut session = session(&lora(), Recompute::None, Options::default());
+    step(&mut session);
+    let before = LARGE_ALLOCATIONS.load(Ordering::Relaxed);
+    for _ in 0..3 {
+        step(&mut session);
+    }
+    assert_eq!(LARGE_ALLOCATIONS.load(Ordering::Relaxed), before);
 }

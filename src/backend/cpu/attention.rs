@@ -65,23 +65,29 @@ fn scores(out: &mut MatrixMut, queries: Matrix, keys: Matrix, shape: &AttentionS
     multiply(out, queries, keys.transposed(), shape.scale, Into::Replace);
     if let Some(cap) = shape.softcap {
         for row in 0..out.rows {
-            vectorized(|| out.row(row).iter_mut().for_each(|score| *score = cap * tanh(*score / cap)));
+            vectorized(
+                #[inline(always)]
+                || out.row(row).iter_mut().for_each(|score| *score = cap * tanh(*score / cap)),
+            );
         }
     }
 }
 
 /// Replaces the scores at `valid` by their exponentials less the maximum, all others by 0; gives maximum and sum.
 fn exponentials(scores: &mut [f32], valid: Range<usize>) -> (f32, f32) {
-    vectorized(|| {
-        scores[..valid.start].fill(0.0);
-        scores[valid.end..].fill(0.0);
-        let scores = &mut scores[valid];
-        let most = maximum(scores);
-        for score in scores.iter_mut() {
-            *score = exp(*score - most);
-        }
-        (most, sum(scores.len(), |i| scores[i]))
-    })
+    vectorized(
+        #[inline(always)]
+        || {
+            scores[..valid.start].fill(0.0);
+            scores[valid.end..].fill(0.0);
+            let scores = &mut scores[valid];
+            let most = maximum(scores);
+            for score in scores.iter_mut() {
+                *score = exp(*score - most);
+            }
+            (most, sum(scores.len(), |i| scores[i]))
+        },
+    )
 }
 
 pub fn attention(
@@ -188,7 +194,10 @@ fn one_block(
             multiply(&mut grads, grad_output, values.transposed(), 1.0, Into::Replace);
             for (row, token) in block.clone().enumerate() {
                 let (dy, y) = (grad_output.row(row), output.row(row));
-                let total = vectorized(|| sum(dy.len(), |i| dy[i] * y[i]));
+                let total = vectorized(
+                    #[inline(always)]
+                    || sum(dy.len(), |i| dy[i] * y[i]),
+                );
                 delta.row(row)[0] = total;
                 let log_sum_exp = op.log_sum_exp.row(token)[head];
                 let valid = first_seen(shape, document, token) - seen.start..token + 1 - seen.start;
@@ -211,20 +220,23 @@ fn probabilities_and_gradients(
     delta: f32,
     softcap: Option<f32>,
 ) {
-    vectorized(|| {
-        for values in [&mut *scores, &mut *grads] {
-            values[..valid.start].fill(0.0);
-            values[valid.end..].fill(0.0);
-        }
-        let (scores, grads) = (&mut scores[valid.clone()], &mut grads[valid]);
-        // The slope of the cap, taken before the scores are overwritten.
-        let inverse = softcap.map_or(0.0, |cap| 1.0 / cap);
-        for (score, grad) in scores.iter_mut().zip(grads) {
-            let (probability, capped) = (exp(*score - log_sum_exp), *score * inverse);
-            *grad = probability * (*grad - delta) * (1.0 - capped * capped);
-            *score = probability;
-        }
-    });
+    vectorized(
+        #[inline(always)]
+        || {
+            for values in [&mut *scores, &mut *grads] {
+                values[..valid.start].fill(0.0);
+                values[valid.end..].fill(0.0);
+            }
+            let (scores, grads) = (&mut scores[valid.clone()], &mut grads[valid]);
+            // The slope of the cap, taken before the scores are overwritten.
+            let inverse = softcap.map_or(0.0, |cap| 1.0 / cap);
+            for (score, grad) in scores.iter_mut().zip(grads) {
+                let (probability, capped) = (exp(*score - log_sum_exp), *score * inverse);
+                *grad = probability * (*grad - delta) * (1.0 - capped * capped);
+                *score = probability;
+            }
+        },
+    );
 }
 
 pub struct CachedAttention<'a> {

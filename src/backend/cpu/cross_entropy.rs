@@ -106,36 +106,39 @@ fn one_chunk(op: &mut CrossEntropy, tokens: &[usize], rows: Matrix, grad_rows: M
 /// The loss of one row of logits; with a `factor` the row becomes the gradient of `factor · loss` by the logits
 /// before the cap.
 fn loss_and_gradient(logits: &mut [f32], target: usize, factor: Option<f32>, softcap: Option<f32>) -> f32 {
-    vectorized(|| {
-        if let Some(cap) = softcap {
-            for value in logits.iter_mut() {
-                *value = cap * tanh(*value / cap);
-            }
-        }
-        let most = maximum(logits);
-        let logits = &mut *logits;
-        let total = sum(logits.len(), |i| exp(logits[i] - most));
-        let log_sum_exp = f64::from(most) + f64::from(total).ln();
-        let loss = (log_sum_exp - f64::from(logits[target])) as f32;
-        if let Some(factor) = factor {
-            let inverse = factor / total;
-            let at_target = logits[target];
-            match softcap {
-                None => {
-                    for value in logits.iter_mut() {
-                        *value = exp(*value - most) * inverse;
-                    }
-                    logits[target] -= factor;
-                }
-                Some(cap) => {
-                    let slope = |z: f32| 1.0 - (z / cap) * (z / cap);
-                    for value in logits.iter_mut() {
-                        *value = exp(*value - most) * inverse * slope(*value);
-                    }
-                    logits[target] -= factor * slope(at_target);
+    vectorized(
+        #[inline(always)]
+        || {
+            if let Some(cap) = softcap {
+                for value in logits.iter_mut() {
+                    *value = cap * tanh(*value / cap);
                 }
             }
-        }
-        loss
-    })
+            let most = maximum(logits);
+            let logits = &mut *logits;
+            let total = sum(logits.len(), |i| exp(logits[i] - most));
+            let log_sum_exp = f64::from(most) + f64::from(total).ln();
+            let loss = (log_sum_exp - f64::from(logits[target])) as f32;
+            if let Some(factor) = factor {
+                let inverse = factor / total;
+                let at_target = logits[target];
+                match softcap {
+                    None => {
+                        for value in logits.iter_mut() {
+                            *value = exp(*value - most) * inverse;
+                        }
+                        logits[target] -= factor;
+                    }
+                    Some(cap) => {
+                        let slope = |z: f32| 1.0 - (z / cap) * (z / cap);
+                        for value in logits.iter_mut() {
+                            *value = exp(*value - most) * inverse * slope(*value);
+                        }
+                        logits[target] -= factor * slope(at_target);
+                    }
+                }
+            }
+            loss
+        },
+    )
 }

@@ -1,6 +1,7 @@
 //! Elementary functions that compilers can vectorize, and sums over lanes.
 
-/// Runs `work` with the widest vector instructions of this processor.
+/// Runs `work` with the widest vector instructions of this processor. A closure given to it is marked
+/// `#[inline(always)]`: only what is inlined is compiled for those instructions.
 #[inline(always)]
 pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)

@@ -34,11 +34,14 @@ pub fn glu(gate_up: &[f32], output: &mut [f32], width: usize, activation: Activa
     let rows = output.par_chunks_mut(width).zip(gate_up.par_chunks(2 * width)).with_min_len(ROWS);
     rows.for_each(|(output, gate_up)| {
         let (gate, up) = gate_up.split_at(width);
-        vectorized(|| {
-            for ((output, &gate), &up) in output.iter_mut().zip(gate).zip(up) {
-                *output = value_and_slope(activation, gate).0 * up;
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((output, &gate), &up) in output.iter_mut().zip(gate).zip(up) {
+                    *output = value_and_slope(activation, gate).0 * up;
+                }
+            },
+        );
     });
 }
 
@@ -55,12 +58,15 @@ pub fn glu_backward(
         let (grad_gate, grad_up) = out.split_at_mut(width);
         let (gate, up, grad) = (&gate[..width], &up[..width], &grad[..width]);
         let (grad_gate, grad_up) = (&mut grad_gate[..width], &mut grad_up[..width]);
-        vectorized(|| {
-            for i in 0..width {
-                let (value, slope) = value_and_slope(activation, gate[i]);
-                grad_gate[i] = grad[i] * up[i] * slope;
-                grad_up[i] = grad[i] * value;
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                for i in 0..width {
+                    let (value, slope) = value_and_slope(activation, gate[i]);
+                    grad_gate[i] = grad[i] * up[i] * slope;
+                    grad_up[i] = grad[i] * value;
+                }
+            },
+        );
     });
 }

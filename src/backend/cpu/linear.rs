@@ -5,15 +5,13 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::elementary::vectorized;
-use super::product::{Into, Matrix, MatrixMut, Values, Weight, blocks, multiply, with_scratch};
+use super::product::{Into, Matrix, MatrixMut, Right, Values, Weight, blocks, multiply, with_scratch};
 use crate::program::random;
 
 /// Output columns of one task.
 const COLUMNS: usize = 128;
 /// Tokens of one task where a product is narrow.
 const TOKENS: usize = 64;
-/// Rows of a weight converted at a time in the backward pass.
-const WEIGHT_ROWS: usize = 512;
 /// Up to this many tokens a weight is read once, row by row.
 const FEW_TOKENS: usize = 4;
 
@@ -34,22 +32,28 @@ impl Mask {
     fn apply(self, row: usize, first: usize, source: &[f32], target: &mut [f32]) {
         let prefix = random::prefix(self.key, self.stream, row as u32);
         let factor = 1.0 / (1.0 - self.probability);
-        vectorized(|| {
-            for (i, (target, &value)) in target.iter_mut().zip(source).enumerate() {
-                *target = if self.kept(prefix, first + i) { value * factor } else { 0.0 };
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                for (i, (target, &value)) in target.iter_mut().zip(source).enumerate() {
+                    *target = if self.kept(prefix, first + i) { value * factor } else { 0.0 };
+                }
+            },
+        );
     }
 
     /// `target += drop'(gradient)` for one row.
     fn add(self, row: usize, first: usize, gradient: &[f32], target: &mut [f32]) {
         let prefix = random::prefix(self.key, self.stream, row as u32);
         let factor = 1.0 / (1.0 - self.probability);
-        vectorized(|| {
-            for (i, (target, &value)) in target.iter_mut().zip(gradient).enumerate() {
-                *target += if self.kept(prefix, first + i) { value * factor } else { 0.0 };
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                for (i, (target, &value)) in target.iter_mut().zip(gradient).enumerate() {
+                    *target += if self.kept(prefix, first + i) { value * factor } else { 0.0 };
+                }
+            },
+        );
     }
 }
 
@@ -114,11 +118,8 @@ pub fn times_transposed(output: &mut MatrixMut, input: Matrix, weight: Weight, r
     if input.rows <= FEW_TOKENS {
         return few_tokens(output, input, weight, rows);
     }
-    let columns = weight.columns;
-    with_scratch(weight.scratch(rows.len(), columns), |scratch| {
-        let block = vectorized(|| weight.block(rows, 0..columns, scratch));
-        multiply(output, input, block.transposed(), 1.0, Into::Replace);
-    });
+    let right = Right::WeightTransposed { weight, rows: (rows.start, rows.end), columns: (0, weight.columns) };
+    multiply(output, input, right, 1.0, Into::Replace);
 }
 
 /// The same for a few tokens, bound by memory: each weight is read once and never stored as f32.
@@ -146,7 +147,10 @@ fn few_tokens(output: &mut MatrixMut, input: Matrix, weight: Weight, rows: Range
 
 fn dot<T>(x: &[f32], weights: &[T], value: impl Fn(&T) -> f32) -> f32 {
     let (x, weights) = (x, &weights[..x.len()]);
-    vectorized(|| super::elementary::sum(x.len(), |i| x[i] * value(&weights[i])))
+    vectorized(
+        #[inline(always)]
+        || super::elementary::sum(x.len(), |i| x[i] * value(&weights[i])),
+    )
 }
 
 pub struct BranchBackward<'a> {
@@ -229,15 +233,8 @@ pub fn backward(input: Matrix, grad_input: Option<&MatrixMut>, projections: &[Pr
 
 /// `out = left · weight[:, columns]`, or `out += ...`.
 pub fn times(out: &mut MatrixMut, left: Matrix, weight: Weight, columns: Range<usize>, into: Into) {
-    let mut into = into;
-    with_scratch(weight.scratch(WEIGHT_ROWS.min(weight.rows), columns.len()), |scratch| {
-        for start in (0..weight.rows).step_by(WEIGHT_ROWS) {
-            let rows = start..(start + WEIGHT_ROWS).min(weight.rows);
-            let block = vectorized(|| weight.block(rows.clone(), columns.clone(), scratch));
-            multiply(out, left.columns(rows), block, 1.0, into);
-            into = Into::Add;
-        }
-    });
+    let right = Right::Weight { weight, rows: (0, weight.rows), columns: (columns.start, columns.end) };
+    multiply(out, left, right, 1.0, into);
 }
 
 fn add_branch(out: &mut MatrixMut, branch: &BranchBackward, columns: Range<usize>) {

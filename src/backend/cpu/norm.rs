@@ -32,16 +32,24 @@ pub fn rms_norm(op: RmsNorm) {
     };
     let rows = op.output.par_chunks_mut(width).zip(op.inverse_rms).zip(op.input.par_chunks(width)).with_min_len(ROWS);
     match op.residual {
-        None => rows.for_each(|((output, inverse), input)| vectorized(|| *inverse = normalize(input, output))),
+        None => rows.for_each(|((output, inverse), input)| {
+            vectorized(
+                #[inline(always)]
+                || *inverse = normalize(input, output),
+            )
+        }),
         Some((residual, total)) => {
             rows.zip(residual.par_chunks(width)).zip(total.par_chunks_mut(width)).for_each(
                 |((((output, inverse), input), residual), total)| {
-                    vectorized(|| {
-                        for ((total, &a), &b) in total.iter_mut().zip(input).zip(residual) {
-                            *total = a + b;
-                        }
-                        *inverse = normalize(total, output);
-                    });
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            for ((total, &a), &b) in total.iter_mut().zip(input).zip(residual) {
+                                *total = a + b;
+                            }
+                            *inverse = normalize(total, output);
+                        },
+                    );
                 },
             );
         }
@@ -66,19 +74,22 @@ pub fn rms_norm_backward(op: RmsNormBackward) {
         let range = row * width..(row + 1) * width;
         let (grad, x, inverse) = (&grad_output[range.clone()], &input[range.clone()], inverse_rms[row]);
         let residual = residual_grad.map(|residual| &residual[range]);
-        vectorized(|| {
-            let (grad, x, weight) = (&grad[..width], &x[..width], &weight[..width]);
-            // mean(d · n), with d = grad · (offset + weight) and n = x · inverse.
-            let mean = sum(width, |i| grad[i] * (offset + weight[i]) * x[i]) * inverse / width as f32;
-            for i in 0..width {
-                grad_input[i] = inverse * (grad[i] * (offset + weight[i]) - x[i] * inverse * mean);
-            }
-            if let Some(residual) = residual {
-                for (value, residual) in grad_input.iter_mut().zip(residual) {
-                    *value += residual;
+        vectorized(
+            #[inline(always)]
+            || {
+                let (grad, x, weight) = (&grad[..width], &x[..width], &weight[..width]);
+                // mean(d · n), with d = grad · (offset + weight) and n = x · inverse.
+                let mean = sum(width, |i| grad[i] * (offset + weight[i]) * x[i]) * inverse / width as f32;
+                for i in 0..width {
+                    grad_input[i] = inverse * (grad[i] * (offset + weight[i]) - x[i] * inverse * mean);
                 }
-            }
-        });
+                if let Some(residual) = residual {
+                    for (value, residual) in grad_input.iter_mut().zip(residual) {
+                        *value += residual;
+                    }
+                }
+            },
+        );
     });
     if let Some(grad_weight) = op.grad_weight {
         let (grad, x) = (Matrix::new(grad_output, width), Matrix::new(input, width));

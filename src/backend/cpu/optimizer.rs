@@ -14,7 +14,12 @@ pub fn gradient_norm(gradients: &[&[f32]]) -> f32 {
     for gradient in gradients {
         let parts: Vec<f64> = gradient
             .par_chunks(CHUNK)
-            .map(|chunk| vectorized(|| chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>()))
+            .map(|chunk| {
+                vectorized(
+                    #[inline(always)]
+                    || chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>(),
+                )
+            })
             .collect();
         total += parts.iter().sum::<f64>();
     }
@@ -51,11 +56,14 @@ pub fn adamw(parameter: &mut [f32], gradient: &[f32], first: &mut [f32], second:
     let chunks = parameter.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
     let chunks = chunks.zip(first.par_chunks_mut(CHUNK)).zip(second.par_chunks_mut(CHUNK));
     chunks.for_each(|(((parameter, gradient), first), second)| {
-        vectorized(|| {
-            for (((p, &g), m), v) in parameter.iter_mut().zip(gradient).zip(first).zip(second) {
-                (*p, *m, *v) = update.apply(*p, g, *m, *v);
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                for (((p, &g), m), v) in parameter.iter_mut().zip(gradient).zip(first).zip(second) {
+                    (*p, *m, *v) = update.apply(*p, g, *m, *v);
+                }
+            },
+        );
     });
 }
 

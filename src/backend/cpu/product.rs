@@ -1,4 +1,4 @@
-//! Matrices, and their products through `gemm`.
+//! Matrices and their products.
 //!
 //! Work is split into blocks whose sizes depend on shapes alone, and inside a block a product runs on one
 //! thread: results are the same bits for any number of threads.
@@ -6,9 +6,13 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+
+use super::elementary::vectorized;
+use super::kernel::{self, Instructions, Left, PANEL, ROWS, Tile};
 
 /// A strided f32 matrix to read.
 #[derive(Clone, Copy)]
@@ -83,6 +87,12 @@ impl<'a> Matrix<'a> {
         self.part(0..self.rows, columns)
     }
 
+    fn at(self, row: usize, column: usize) -> f32 {
+        assert!(row < self.rows && column < self.columns);
+        // SAFETY: the element lies in the matrix.
+        unsafe { *self.start.add(row * self.row_stride + column * self.column_stride) }
+    }
+
     /// One row, where columns are contiguous.
     pub fn row(self, row: usize) -> &'a [f32] {
         assert!(row < self.rows && self.column_stride == 1);
@@ -143,42 +153,194 @@ pub enum Into {
     Add,
 }
 
+/// The right side of a product.
+#[derive(Clone, Copy)]
+pub enum Right<'a> {
+    Matrix(Matrix<'a>),
+    /// A block of a weight.
+    Weight {
+        weight: Weight<'a>,
+        rows: (usize, usize),
+        columns: (usize, usize),
+    },
+    /// A block of a weight, transposed.
+    WeightTransposed {
+        weight: Weight<'a>,
+        rows: (usize, usize),
+        columns: (usize, usize),
+    },
+}
+
+impl<'a> From<Matrix<'a>> for Right<'a> {
+    fn from(matrix: Matrix<'a>) -> Self {
+        Self::Matrix(matrix)
+    }
+}
+
+impl Right<'_> {
+    /// Rows and columns.
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Right::Matrix(matrix) => (matrix.rows, matrix.columns),
+            Right::Weight { rows, columns, .. } => (rows.1 - rows.0, columns.1 - columns.0),
+            Right::WeightTransposed { rows, columns, .. } => (columns.1 - columns.0, rows.1 - rows.0),
+        }
+    }
+
+    /// Packs up to [`PANEL`] columns.
+    fn pack(&self, kind: Instructions, depth: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+        match *self {
+            Right::Matrix(matrix) => {
+                let part = matrix.part(depth.clone(), columns.clone());
+                if part.column_stride == 1 {
+                    for (d, target) in panel.chunks_exact_mut(PANEL).take(depth.len()).enumerate() {
+                        target[..columns.len()].copy_from_slice(part.row(d));
+                        target[columns.len()..].fill(0.0);
+                    }
+                } else if part.row_stride == 1 {
+                    let part = part.transposed();
+                    let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
+                    rows.iter_mut().take(part.rows).enumerate().for_each(|(c, row)| *row = part.row(c));
+                    kernel::pack_transposed(kind, &rows[..part.rows], depth.len(), panel);
+                } else {
+                    for (d, target) in panel.chunks_exact_mut(PANEL).take(depth.len()).enumerate() {
+                        for (c, target) in target.iter_mut().enumerate() {
+                            *target = if c < columns.len() { part.at(d, c) } else { 0.0 };
+                        }
+                    }
+                }
+            }
+            Right::Weight { weight, rows, columns: all } => {
+                let from = all.0 + columns.start..all.0 + columns.end;
+                for (d, target) in depth.zip(panel.chunks_exact_mut(PANEL)) {
+                    weight.convert(rows.0 + d, from.clone(), &mut target[..columns.len()]);
+                    target[columns.len()..].fill(0.0);
+                }
+            }
+            Right::WeightTransposed { weight, rows, columns: all } => {
+                let (first, start) = (rows.0 + columns.start, all.0 + depth.start);
+                let count = columns.len();
+                let range =
+                    |c: usize| (first + c) * weight.columns + start..(first + c) * weight.columns + start + depth.len();
+                match weight.values {
+                    Values::F32(values) => {
+                        let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
+                        rows.iter_mut().take(count).enumerate().for_each(|(c, row)| *row = &values[range(c)]);
+                        kernel::pack_transposed(kind, &rows[..count], depth.len(), panel);
+                    }
+                    Values::BF16(values) => {
+                        let mut rows: [&[u16]; PANEL] = [&[]; PANEL];
+                        let row_bits = |c: usize| bytemuck::cast_slice(&values[range(c)]);
+                        rows.iter_mut().take(count).enumerate().for_each(|(c, row)| *row = row_bits(c));
+                        kernel::pack_transposed_bf16(kind, &rows[..count], depth.len(), panel);
+                    }
+                    Values::F16(values) => {
+                        for c in 0..PANEL {
+                            let row = if c < count { &values[range(c)] } else { &[] };
+                            for d in 0..depth.len() {
+                                panel[d * PANEL + c] = row.get(d).map_or(0.0, |value| value.to_f32());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Depth packed at a time.
+const DEPTH: usize = 640;
+/// Columns packed at a time.
+const WIDTH: usize = 256;
+
 /// `out = factor · left · right`, or `out += ...`, on this thread.
-pub fn multiply(out: &mut MatrixMut, left: Matrix, right: Matrix, factor: f32, into: Into) {
-    assert!(out.rows == left.rows && out.columns == right.columns && left.columns == right.rows);
-    if out.rows == 0 || out.columns == 0 {
+pub fn multiply<'a>(
+    out: &mut MatrixMut,
+    left: Matrix,
+    right: impl std::convert::Into<Right<'a>>,
+    factor: f32,
+    into: Into,
+) {
+    let right = right.into();
+    let (depth, columns) = right.shape();
+    assert!(out.rows == left.rows && out.columns == columns && left.columns == depth);
+    if out.rows == 0 || columns == 0 {
         return;
     }
-    if left.columns == 0 {
+    if depth == 0 {
         if into == Into::Replace {
             out.fill(0.0);
         }
         return;
     }
-    // SAFETY: the three matrices are valid for their shapes and strides, and `out` is borrowed exclusively.
-    unsafe {
-        gemm::gemm(
-            out.rows,
-            out.columns,
-            left.columns,
-            out.start,
-            1,
-            out.stride as isize,
-            into == Into::Add,
-            left.start,
-            left.column_stride as isize,
-            left.row_stride as isize,
-            right.start,
-            right.column_stride as isize,
-            right.row_stride as isize,
-            1.0,
-            factor,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    let kind = Instructions::best();
+    let mut packed = PACKED.take();
+    for (number, depth) in even(depth, DEPTH).enumerate() {
+        let into = if number == 0 { into } else { Into::Add };
+        for first in (0..columns).step_by(WIDTH) {
+            let width = WIDTH.min(columns - first);
+            let panels = width.div_ceil(PANEL);
+            let panel_size = depth.len() * PANEL;
+            if packed.len() < panels * panel_size {
+                packed.resize(DEPTH * WIDTH, 0.0);
+            }
+            let packed = &mut packed[..panels * panel_size];
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (at, panel) in (first..first + width).step_by(PANEL).zip(packed.chunks_exact_mut(panel_size)) {
+                        right.pack(kind, depth.clone(), at..(at + PANEL).min(columns), panel);
+                    }
+                },
+            );
+            block(kind, out, left.columns(depth.clone()), packed, first..first + width, factor, into);
+        }
     }
+    PACKED.set(packed);
+}
+
+/// All rows of some columns, from the packed right side.
+fn block(
+    kind: Instructions,
+    out: &mut MatrixMut,
+    left: Matrix,
+    packed: &[f32],
+    columns: Range<usize>,
+    factor: f32,
+    into: Into,
+) {
+    let depth = left.columns;
+    let mut tile = Tile([[0.0; PANEL]; ROWS]);
+    vectorized(
+        #[inline(always)]
+        || {
+            for rows in even(left.rows, ROWS) {
+                let operand = Left {
+                    start: left.start.wrapping_add(rows.start * left.row_stride),
+                    row_stride: left.row_stride,
+                    depth_stride: left.column_stride,
+                };
+                for (first, panel) in columns.clone().step_by(PANEL).zip(packed.chunks_exact(depth * PANEL)) {
+                    let width = PANEL.min(columns.end - first);
+                    // SAFETY: the rows and all of the depth lie in `left`, and the panel has that depth.
+                    unsafe { kernel::tile(kind, (rows.len(), depth, width), operand, panel, &mut tile) };
+                    for (row, sums) in rows.clone().zip(&tile.0) {
+                        let target = &mut out.row(row)[first..first + width];
+                        match into {
+                            Into::Replace => target.iter_mut().zip(sums).for_each(|(t, sum)| *t = factor * sum),
+                            Into::Add => target.iter_mut().zip(sums).for_each(|(t, sum)| *t += factor * sum),
+                        }
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// Ranges of nearly the same size, at most `most`.
+fn even(length: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = length.div_ceil(most);
+    (0..count).map(move |i| i * length / count..(i + 1) * length / count)
 }
 
 /// Elements of a weight as they are stored.
@@ -198,22 +360,6 @@ pub struct Weight<'a> {
 }
 
 impl<'a> Weight<'a> {
-    /// A block in f32: in place where it is stored so, else converted into `scratch`.
-    pub fn block<'s>(self, rows: Range<usize>, columns: Range<usize>, scratch: &'s mut [f32]) -> Matrix<'s>
-    where
-        'a: 's,
-    {
-        if let Values::F32(values) = self.values {
-            return Matrix::new(values, self.columns).part(rows, columns);
-        }
-        let width = columns.len();
-        let scratch = &mut scratch[..rows.len() * width];
-        for (row, target) in rows.zip(scratch.chunks_exact_mut(width)) {
-            self.convert(row, columns.clone(), target);
-        }
-        Matrix::new(scratch, width)
-    }
-
     /// Part of a row in f32.
     pub fn convert(self, row: usize, columns: Range<usize>, target: &mut [f32]) {
         let range = row * self.columns + columns.start..row * self.columns + columns.end;
@@ -227,31 +373,53 @@ impl<'a> Weight<'a> {
             Values::F16(values) => values[range].convert_to_f32_slice(target),
         }
     }
-
-    /// Scratch that [`Self::block`] needs, in f32 elements.
-    pub fn scratch(self, rows: usize, columns: usize) -> usize {
-        if matches!(self.values, Values::F32(_)) { 0 } else { rows * columns }
-    }
 }
 
-/// Even blocks of about `target` elements, multiples of 16, whatever the number of threads.
+/// Blocks for tasks: of about `target` elements, multiples of a panel, an even number of them where there are
+/// several. They depend on the length alone, never on the number of threads.
 pub fn blocks(length: usize, target: usize) -> impl Iterator<Item = Range<usize>> {
-    let count = length.div_ceil(target).max(1);
-    let size = length.div_ceil(count).next_multiple_of(16);
+    let count = length.div_ceil(target);
+    let count = if count > 1 { count.next_multiple_of(2) } else { 1 };
+    let size = length.div_ceil(count).next_multiple_of(PANEL);
     (0..length).step_by(size).map(move |start| start..(start + size).min(length))
 }
 
 thread_local! {
+    static PACKED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
+
+/// The largest scratch that any thread asked for, and the largest that all of them have.
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+static EVERYWHERE: AtomicUsize = AtomicUsize::new(0);
 
 /// Lends scratch memory of the thread; it grows to the largest size asked for and stays. Contents are arbitrary.
 pub fn with_scratch<R>(length: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut scratch = SCRATCH.take();
     if scratch.len() < length {
         scratch.resize(length, 0.0);
+        LARGEST.fetch_max(length, Ordering::Relaxed);
     }
     let result = work(&mut scratch[..length]);
     SCRATCH.set(scratch);
     result
+}
+
+/// Gives every thread the scratch that the largest task so far needed: which thread takes which task changes from
+/// run to run, and later runs are not to allocate.
+pub fn grow_scratch_everywhere() {
+    let largest = LARGEST.load(Ordering::Relaxed);
+    if EVERYWHERE.fetch_max(largest, Ordering::Relaxed) >= largest {
+        return;
+    }
+    let grow = || {
+        with_scratch(largest, |_| ());
+        let mut packed = PACKED.take();
+        if packed.len() < DEPTH * WIDTH {
+            packed.resize(DEPTH * WIDTH, 0.0);
+        }
+        PACKED.set(packed);
+    };
+    rayon::broadcast(|_| grow());
+    grow();
 }

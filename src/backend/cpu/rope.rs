@@ -33,16 +33,19 @@ pub fn rope(op: Rope) {
                 *cosine = angle.cos() as f32 * op.scale;
                 *sine = angle.sin() as f32 * op.scale * sign;
             }
-            vectorized(|| {
-                for head in part.row(0).chunks_exact_mut(head_dim) {
-                    let (first, second) = head[..2 * half].split_at_mut(half);
-                    for (((a, b), &cosine), &sine) in first.iter_mut().zip(second).zip(&*cosine).zip(&*sine) {
-                        let (x, y) = (*a, *b);
-                        *a = x * cosine - y * sine;
-                        *b = y * cosine + x * sine;
+            vectorized(
+                #[inline(always)]
+                || {
+                    for head in part.row(0).chunks_exact_mut(head_dim) {
+                        let (first, second) = head[..2 * half].split_at_mut(half);
+                        for (((a, b), &cosine), &sine) in first.iter_mut().zip(second).zip(&*cosine).zip(&*sine) {
+                            let (x, y) = (*a, *b);
+                            *a = x * cosine - y * sine;
+                            *b = y * cosine + x * sine;
+                        }
                     }
-                }
-            });
+                },
+            );
         });
     });
 }
