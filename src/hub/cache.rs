@@ -52,3 +52,18 @@ pub fn snapshot(kind: &str, id: &str, revision: &str) -> Result<(PathBuf, String
         }
     })
 }
+
+/// Models of the cache that can be opened: id and snapshot, by name.
+pub fn cached_models() -> Vec<(String, PathBuf)> {
+    let Ok(entries) = std::fs::read_dir(folder()) else { return Vec::new() };
+    let mut found: Vec<(String, PathBuf)> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let id = entry.file_name().to_str()?.strip_prefix("models--")?.replace("--", "/");
+            let (path, _) = snapshot("models", &id, "").ok()?;
+            path.join("config.json").exists().then_some((id, path))
+        })
+        .collect();
+    found.sort();
+    found
+}

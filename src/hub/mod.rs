@@ -1,8 +1,11 @@
 //! Models and datasets: local folders, the Hugging Face cache, the hub.
 
 mod cache;
+pub mod fetch;
 
 use std::path::{Path, PathBuf};
+
+pub use cache::cached_models;
 
 /// Where a model is.
 #[derive(Clone, Debug, PartialEq, Eq)]

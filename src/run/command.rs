@@ -15,6 +15,8 @@ pub enum Command {
     Evaluate,
     /// Write a checkpoint and end.
     Stop,
+    /// The same, once this many updates are done: the end of an epoch.
+    StopAt(u64),
     /// The peak of the schedule from the next update on; warmup and decay keep their shape.
     SetLearningRate(f64),
 }

@@ -13,6 +13,7 @@ use super::changes::Replay;
 use super::control::{self, Status};
 use super::lock::{Holder, Lock, holder};
 use super::{Command, Event, EventWriter, Home, RunError, RunFolder, runtime};
+use crate::advise::{Warning, Watch};
 use crate::spec::RunSpec;
 use crate::train::Controls;
 
@@ -78,6 +79,8 @@ pub fn run(home: &Home, folder: &RunFolder, job: &dyn Job) -> Result<u8, RunErro
         lost: None,
         step: 0,
         replay: Replay::default(),
+        watch: Watch::default(),
+        stop_at: None,
         deferred: VecDeque::new(),
         backlog: VecDeque::new(),
     };
@@ -213,6 +216,10 @@ struct WorkerControls {
     step: u64,
     /// Changes of the run that this one repeats.
     replay: Replay,
+    /// Gives the warnings about a run that goes on.
+    watch: Watch,
+    /// Updates after which the run stops, where somebody asked for that.
+    stop_at: Option<u64>,
     /// Commands that came before the run began.
     deferred: VecDeque<Command>,
     /// Events that found no room, oldest first.
@@ -273,8 +280,11 @@ impl WorkerControls {
 impl Controls for WorkerControls {
     fn emit(&mut self, event: Event) {
         self.note(&event);
-        if self.backlog.len() < BACKLOG {
-            self.backlog.push_back(event);
+        let warnings = self.watch.observe(&event);
+        for event in std::iter::once(event).chain(warnings.iter().map(Warning::event)) {
+            if self.backlog.len() < BACKLOG {
+                self.backlog.push_back(event);
+            }
         }
         self.flush();
     }
@@ -284,11 +294,14 @@ impl Controls for WorkerControls {
             // A run that nobody can follow is stopped and saved.
             return Some(Command::Stop);
         }
-        if let Some(command) = self.deferred.pop_front() {
-            return Some(command);
+        while let Some(command) = self.deferred.pop_front().or_else(|| self.commands.try_recv().ok()) {
+            match command {
+                Command::StopAt(step) => self.stop_at = Some(step),
+                command => return Some(command),
+            }
         }
-        if let Ok(command) = self.commands.try_recv() {
-            return Some(command);
+        if self.stop_at.is_some_and(|step| self.step >= step) {
+            return Some(Command::Stop);
         }
         let change = self.replay.due(self.step)?;
         (change.key == "train.learning_rate").then_some(Command::SetLearningRate(change.value))
@@ -296,6 +309,10 @@ impl Controls for WorkerControls {
 
     fn wait(&mut self, patience: Duration) -> Option<Command> {
         match self.commands.recv_timeout(patience) {
+            Ok(Command::StopAt(step)) => {
+                self.stop_at = Some(step);
+                None
+            }
             Ok(command) => Some(command),
             Err(RecvTimeoutError::Timeout) => None,
             // The signal thread holds a sender for as long as the process lives.

@@ -475,7 +475,12 @@ impl Trainer<'_> {
                     to: rate.into(),
                 });
             }
-            Command::SetLearningRate(_) | Command::Pause | Command::Continue | Command::Stop => {}
+            Command::SetLearningRate(_)
+            | Command::Pause
+            | Command::Continue
+            | Command::Stop
+            // The worker turns it into a stop when its time has come.
+            | Command::StopAt(_) => {}
         }
         Ok(())
     }

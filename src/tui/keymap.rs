@@ -50,7 +50,7 @@ impl Layer {
 
     /// Whether unbound characters are text here: nothing under this layer is asked.
     pub fn takes_text(self) -> bool {
-        matches!(self, Layer::Text | Layer::Palette | Layer::Chat)
+        self == Layer::Text
     }
 
     /// Whether the layers under it are covered.
@@ -113,7 +113,7 @@ keymap! {
         PageDown      "page-down"      ["pagedown" "ctrl-f"]  0 "page down" "Ten down"
         First         "first"          ["home" "g"]           0 "first"    "To the first"
         Last          "last"           ["end" "G"]            0 "last"     "To the last"
-        Filter        "filter"         ["/"]                  4 "filter"   "Narrow the list down"
+        Filter        "filter"         ["/"]                 20 "filter"   "Narrow the list down"
     }
     Model {
         ChooseModel   "choose"         ["enter"]              1 "choose"   "Fine-tune this model; on to the data"
@@ -429,13 +429,15 @@ impl Keymap {
         None
     }
 
-    /// The rows that count in `layers`, with their keys' names; top layer first.
-    pub fn rows(&self, layers: &[Layer]) -> Vec<(&'static Binding, String)> {
+    /// The rows that count in `layers`, each with the keys that reach it; top layer first.
+    fn reached(&self, layers: &[Layer]) -> Vec<(&'static Binding, Vec<Key>)> {
         let mut rows = Vec::new();
         for layer in layers {
-            for (binding, keys) in BINDINGS.iter().zip(&self.keys) {
-                if binding.layer == *layer {
-                    rows.push((binding, keys.iter().map(|key| key.name()).collect::<Vec<_>>().join(" ")));
+            for (binding, keys) in BINDINGS.iter().zip(&self.keys).filter(|(binding, _)| binding.layer == *layer) {
+                let reaching = |key: &Key| self.action(layers, *key) == Some(binding.action);
+                let keys: Vec<Key> = keys.iter().copied().filter(reaching).collect();
+                if !keys.is_empty() {
+                    rows.push((binding, keys));
                 }
             }
             if layer.is_modal() {
@@ -445,24 +447,18 @@ impl Keymap {
         rows
     }
 
+    /// The rows that count in `layers`, with their keys' names; top layer first.
+    pub fn rows(&self, layers: &[Layer]) -> Vec<(&'static Binding, String)> {
+        let names = |keys: Vec<Key>| keys.iter().map(|key| key.name()).collect::<Vec<_>>().join(" ");
+        self.reached(layers).into_iter().map(|(binding, keys)| (binding, names(keys))).collect()
+    }
+
     /// First key and word of each command that the bottom bar shows, in its order.
     pub fn bar(&self, layers: &[Layer]) -> Vec<(String, &'static str)> {
-        let mut shown: Vec<(u8, String, &'static str)> = Vec::new();
-        for layer in layers {
-            for (binding, keys) in BINDINGS.iter().zip(&self.keys) {
-                if binding.layer == *layer
-                    && binding.bar > 0
-                    && let Some(key) = keys.first()
-                {
-                    shown.push((binding.bar, key.name(), binding.short));
-                }
-            }
-            if layer.is_modal() {
-                break;
-            }
-        }
-        shown.sort_by_key(|entry| entry.0);
-        shown.into_iter().map(|(_, key, word)| (key, word)).collect()
+        let mut shown = self.reached(layers);
+        shown.retain(|(binding, _)| binding.bar > 0);
+        shown.sort_by_key(|(binding, _)| binding.bar);
+        shown.into_iter().map(|(binding, keys)| (keys[0].name(), binding.short)).collect()
     }
 }
 

@@ -187,6 +187,11 @@ impl Theme {
         Ok(Self { name: name.into(), styles, monochrome: file.monochrome })
     }
 
+    /// The theme under another name: that which was asked for.
+    pub fn named(self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self }
+    }
+
     /// The style of a role.
     pub fn style(&self, role: Role) -> Style {
         self.styles.get(role as usize).copied().unwrap_or_default()

@@ -217,11 +217,7 @@ impl Chart {
 
     fn draw_axes(&self, area: Rect, plot: Rect, (low, high): (f64, f64), buffer: &mut Buffer, look: &Look) {
         let rows = plot.height as usize;
-        let ticks = (rows / 3).clamp(1, 5);
-        for tick in 0..=ticks {
-            let row = (rows - 1) * tick / ticks;
-            let value = high - (high - low) * row as f64 / (rows - 1).max(1) as f64;
-            let value = if self.log { 10f64.powf(value) } else { value };
+        for (row, value) in ticks(low, high, rows, self.log) {
             let label = text::pad_left(&(self.label)(value), LABELS as usize - 1);
             let at = Rect { x: area.x, y: plot.y + row as u16, width: LABELS - 1, height: 1 };
             look.put(buffer, at, look.line(Role::Dim, label));
@@ -255,6 +251,22 @@ impl Chart {
             x += width + 2;
         }
     }
+}
+
+/// Rows with a label, and its value: round values, at least three rows apart.
+fn ticks(low: f64, high: f64, rows: usize, log: bool) -> Vec<(usize, f64)> {
+    let most = (rows / 3).clamp(1, 6) as f64;
+    let step = round_step(((high - low) / most).max(1e-12));
+    let row_of = |value: f64| ((high - value) / (high - low) * (rows - 1) as f64).round() as usize;
+    let mut labels: Vec<(usize, f64)> = Vec::new();
+    let mut value = (low / step).ceil() * step;
+    while value <= high + step * 1e-6 && labels.len() < rows {
+        // Steps of a tenth add up to a little more or less.
+        let exact = (value / step).round() * step;
+        labels.push((row_of(exact).min(rows - 1), if log { 10f64.powf(exact) } else { exact }));
+        value += step;
+    }
+    labels
 }
 
 /// Columns of the y axis, its line included.

@@ -193,6 +193,25 @@ pub fn flow(spans: impl IntoIterator<Item = Span<'static>>, width: usize) -> Vec
     lines
 }
 
+/// Groups of spans in lines of at most `width` columns; a group is never broken.
+pub fn arrange(groups: Vec<Vec<Span<'static>>>, width: usize) -> Vec<Line<'static>> {
+    let mut lines = vec![Line::default()];
+    let mut used = 0;
+    for group in groups {
+        let columns: usize = group.iter().map(Span::width).sum();
+        if used > 0 && used + columns > width {
+            lines.push(Line::default());
+            used = 0;
+        }
+        used += columns + 2;
+        if let Some(line) = lines.last_mut() {
+            line.spans.extend(group);
+            line.push_span("  ");
+        }
+    }
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,61 @@
+//! `tune` and `tune attach`: the workbench.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::report::Failure;
+use crate::run::Home;
+use crate::run::worker::exit;
+use crate::spec::RunSpec;
+use crate::tui::{self, Start};
+
+/// Open a run in the workbench, live: whole history, then what comes
+#[derive(Args, Debug)]
+pub struct Attach {
+    /// Id, unique prefix of it, or @last
+    pub run: String,
+    /// Print events line by line instead
+    #[arg(long)]
+    pub plain: bool,
+}
+
+/// Opens the workbench, on a run file if one is given.
+///
+/// # Errors
+/// When there is no terminal, or the file is wrong.
+pub fn run(file: Option<PathBuf>) -> anyhow::Result<u8> {
+    let start = match file {
+        Some(path) => {
+            let spec = RunSpec::read(&path, &[])?;
+            Start::RunFile(path, Box::new(spec))
+        }
+        None => Start::Empty,
+    };
+    require_terminal()?;
+    tui::open(start)?;
+    Ok(exit::DONE)
+}
+
+/// Opens the workbench on a run.
+///
+/// # Errors
+/// When there is no such run.
+pub fn attach(run: &str) -> anyhow::Result<u8> {
+    let folder = Home::find()?.run(run)?;
+    tui::open(Start::Run(folder.id()))?;
+    Ok(exit::DONE)
+}
+
+/// Whether the workbench can be shown here.
+pub fn has_terminal() -> bool {
+    std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
+}
+
+fn require_terminal() -> Result<(), Failure> {
+    if has_terminal() {
+        return Ok(());
+    }
+    Err(Failure::request("the workbench needs a terminal", "`tune --help` lists what works without one"))
+}

@@ -1,0 +1,56 @@
+//! NVIDIA GPUs through NVML.
+
+use nvml_wrapper::Nvml;
+use nvml_wrapper::bitmasks::device::ThrottleReasons;
+use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
+
+use super::GpuSample;
+
+/// An open NVML.
+pub struct Gpus {
+    nvml: Nvml,
+}
+
+/// Reasons that cost speed, in words. Idle clocks, a user's own clock limits and the display's do not count.
+const REASONS: [(ThrottleReasons, &str); 5] = [
+    (ThrottleReasons::SW_POWER_CAP, "power limit"),
+    (ThrottleReasons::HW_SLOWDOWN, "hardware slowdown"),
+    (ThrottleReasons::SW_THERMAL_SLOWDOWN, "temperature"),
+    (ThrottleReasons::HW_THERMAL_SLOWDOWN, "temperature, by the hardware"),
+    (ThrottleReasons::HW_POWER_BRAKE_SLOWDOWN, "power brake"),
+];
+
+impl Gpus {
+    /// None where there is no driver or no card.
+    pub fn open() -> Option<Self> {
+        let nvml = Nvml::init()
+            // Some systems have the library under its full name only.
+            .or_else(|_| Nvml::builder().lib_path(std::ffi::OsStr::new("libnvidia-ml.so.1")).init())
+            .ok()?;
+        (nvml.device_count().ok()? > 0).then_some(Self { nvml })
+    }
+
+    /// A look at every card that answers.
+    pub fn sample(&self) -> Vec<GpuSample> {
+        (0..self.nvml.device_count().unwrap_or(0)).filter_map(|index| self.device(index)).collect()
+    }
+
+    fn device(&self, index: u32) -> Option<GpuSample> {
+        let device = self.nvml.device_by_index(index).ok()?;
+        let memory = device.memory_info().ok()?;
+        let watts = |milliwatts: u32| f64::from(milliwatts) / 1000.0;
+        let reasons = device.current_throttle_reasons().unwrap_or(ThrottleReasons::empty());
+        Some(GpuSample {
+            index,
+            name: device.name().unwrap_or_default(),
+            memory_used: memory.used,
+            memory_total: memory.total,
+            utilization: device.utilization_rates().ok().map(|rates| rates.gpu),
+            temperature: device.temperature(TemperatureSensor::Gpu).ok(),
+            power: device.power_usage().ok().map(watts),
+            power_limit: device.enforced_power_limit().ok().map(watts),
+            clock: device.clock_info(Clock::SM).ok(),
+            throttle_reasons: REASONS.iter().filter(|(bit, _)| reasons.contains(*bit)).map(|(_, name)| *name).collect(),
+        })
+    }
+}
