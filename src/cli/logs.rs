@@ -30,9 +30,15 @@ pub struct Arguments {
 pub struct Attach {
     /// Id, unique prefix of it, or @last
     run: String,
+    /// Print events line by line instead of opening the workbench
+    #[arg(long)]
+    plain: bool,
 }
 
 pub fn attach(arguments: Attach) -> anyhow::Result<u8> {
+    if !arguments.plain && super::tui::has_terminal() {
+        return super::tui::attach(&arguments.run);
+    }
     let folder = Home::find()?.run(&arguments.run)?;
     follow(&folder, &mut Plain::new())
 }

@@ -15,22 +15,27 @@ pub mod resume;
 pub mod rm;
 pub mod runs;
 pub mod train;
+pub mod tui;
 pub mod wait;
 pub mod watch;
 pub mod worker;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::run::worker::exit;
 
 /// Fine-tune language models on the machine you are logged in to
 #[derive(Parser, Debug)]
-#[command(name = "tune", version, disable_help_subcommand = true, arg_required_else_help = true)]
+#[command(name = "tune", version, disable_help_subcommand = true, args_conflicts_with_subcommands = true)]
 struct Cli {
+    /// Open the workbench on this run file; without it, and without a verb, on an empty one
+    #[arg(value_name = "RUN.toml")]
+    file: Option<PathBuf>,
     #[command(subcommand)]
-    verb: Verb,
+    verb: Option<Verb>,
 }
 
 #[derive(Subcommand, Debug)]
@@ -67,7 +72,14 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
             return code;
         }
     };
-    let result = match cli.verb {
+    let Some(verb) = cli.verb else {
+        if cli.file.is_none() && !tui::has_terminal() {
+            let _ = Cli::command().print_help();
+            return exit::REQUEST;
+        }
+        return tui::run(cli.file).unwrap_or_else(|error| report::report(&error));
+    };
+    let result = match verb {
         Verb::New(arguments) => new::run(arguments),
         Verb::Train(arguments) => train::run(arguments),
         Verb::Plan(arguments) => plan::run(arguments),

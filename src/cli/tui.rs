@@ -3,23 +3,11 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use clap::Args;
-
 use super::report::Failure;
 use crate::run::Home;
 use crate::run::worker::exit;
 use crate::spec::RunSpec;
 use crate::tui::{self, Start};
-
-/// Open a run in the workbench, live: whole history, then what comes
-#[derive(Args, Debug)]
-pub struct Attach {
-    /// Id, unique prefix of it, or @last
-    pub run: String,
-    /// Print events line by line instead
-    #[arg(long)]
-    pub plain: bool,
-}
 
 /// Opens the workbench, on a run file if one is given.
 ///
@@ -28,6 +16,10 @@ pub struct Attach {
 pub fn run(file: Option<PathBuf>) -> anyhow::Result<u8> {
     let start = match file {
         Some(path) => {
+            if !path.exists() && path.extension().is_none() {
+                let what = format!("there is no verb and no run file {}", path.display());
+                return Err(Failure::request(what, "`tune --help` lists the verbs").into());
+            }
             let spec = RunSpec::read(&path, &[])?;
             Start::RunFile(path, Box::new(spec))
         }
