@@ -66,7 +66,7 @@ fn a_value_out_of_range_or_of_the_wrong_type_names_key_value_and_what_is_allowed
 fn what_no_engine_can_do_is_refused_by_name() {
     let bench = Bench::new();
     let cpu = "engine.device=cpu";
-    refused(&bench, &train(&bench, &[cpu, "optimizer=adamw8bit"]), &["train.optimizer = \"adamw8bit\"", "cpu"]);
+    refused(&bench, &train(&bench, &[cpu, "optimizer_memory=host"]), &["train.optimizer_memory = \"host\"", "cpu"]);
     refused(&bench, &train(&bench, &[cpu, "precision=fp8"]), &["engine.precision = \"fp8\"", "cpu"]);
 }
 

@@ -142,6 +142,19 @@ fn a_run_that_is_asked_to_stop_is_saved_and_resumes_bit_for_bit() {
 }
 
 #[test]
+fn eight_bit_optimizer_states_resume_bit_for_bit() {
+    let bench = Bench::new();
+    let settings = [LONG, &["train.optimizer=adamw8bit"]].concat();
+    assert_eq!(bench.train(&["--json"], &settings).code, 0);
+    let reference = bench.only_run();
+    let folder = bench.detached(&settings);
+    until_step(&folder, 7);
+    assert_eq!(bench.tune(&["stop", &name(&folder)]).code, 0);
+    assert_eq!(bench.tune(&["resume", "--json", &name(&folder)]).code, 0);
+    assert_same_updates(&folder, &reference);
+}
+
+#[test]
 fn a_worker_killed_at_any_moment_resumes_bit_for_bit() {
     let bench = Bench::new();
     assert_eq!(bench.train(&["--json"], LONG).code, 0);

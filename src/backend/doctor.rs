@@ -51,7 +51,7 @@ impl Finding {
 
 /// Every engine's report, the fastest engine first.
 pub fn reports() -> Vec<Report> {
-    vec![cpu()]
+    vec![super::cuda::doctor(), cpu()]
 }
 
 fn cpu() -> Report {

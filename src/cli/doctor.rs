@@ -4,6 +4,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::paint::{Stream, Tone, paint};
+use super::report::Failure;
 use crate::backend;
 use crate::backend::doctor::{Finding, Report, State};
 use crate::run::worker::exit;
@@ -14,8 +15,14 @@ use crate::spec::size;
 #[derive(Args, Debug)]
 pub struct Arguments {
     /// Print one JSON object
-    #[arg(long)]
+    #[arg(long, conflicts_with = "fix")]
     json: bool,
+    /// Bring the libraries that are missing, after asking
+    #[arg(long)]
+    fix: bool,
+    /// Do not ask
+    #[arg(short, long, requires = "fix")]
+    yes: bool,
 }
 
 #[derive(Serialize)]
@@ -28,6 +35,9 @@ struct Diagnosis {
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
+    if arguments.fix {
+        return fix(arguments.yes);
+    }
     let device = match backend::choose("auto", "auto") {
         Ok(choice) => format!("{} ({})", choice.target.name, choice.reason),
         Err(error) => format!("none: {error}"),
@@ -46,6 +56,30 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         print(&diagnosis);
     }
     Ok(if usable && sound { exit::DONE } else { exit::FAILED })
+}
+
+/// Runs the one command that mends what can be mended from here.
+fn fix(yes: bool) -> anyhow::Result<u8> {
+    let Some(fix) = backend::cuda::fix() else {
+        println!("there is nothing to bring; `tune doctor` says what is missing");
+        return Ok(exit::DONE);
+    };
+    let command = fix.command.join(" ");
+    println!("{}\n  {command}", fix.about);
+    let Some((program, rest)) = fix.command.split_first().filter(|_| fix.runnable) else {
+        return Err(
+            Failure::run("neither uv nor pip is on this machine", format!("run `{command}` where one is")).into()
+        );
+    };
+    if !yes && !super::rm::confirmed("bring these?")? {
+        return Ok(exit::DONE);
+    }
+    let status = std::process::Command::new(program).args(rest).status()?;
+    if !status.success() {
+        return Err(Failure::run(format!("`{command}` failed: {status}"), "its own message says why").into());
+    }
+    println!("brought; `tune doctor` says what is there now");
+    Ok(exit::DONE)
 }
 
 fn print(diagnosis: &Diagnosis) {

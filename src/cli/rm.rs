@@ -38,7 +38,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         let summary = Summary::read(folder);
         let bytes = size::format(bytes(folder.path()));
         let what = format!("run {} ({}, step {}, {bytes})", summary.run, summary.state.name(), summary.step);
-        if !arguments.yes && !confirmed(&what)? {
+        if !arguments.yes && !confirmed(&format!("remove {what}?"))? {
             println!("kept {what}");
             continue;
         }
@@ -51,11 +51,15 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
     Ok(exit::DONE)
 }
 
-fn confirmed(what: &str) -> anyhow::Result<bool> {
+/// Asks a question whose answer is yes or no; without an answer it is no.
+///
+/// # Errors
+/// When nobody is there to answer.
+pub(super) fn confirmed(question: &str) -> anyhow::Result<bool> {
     if !std::io::stdin().is_terminal() {
-        return Err(Failure::request(format!("removing {what} needs a yes"), "--yes removes without asking").into());
+        return Err(Failure::request(format!("nobody answers: {question}"), "--yes goes on without asking").into());
     }
-    print!("remove {what}? [y/N] ");
+    print!("{question} [y/N] ");
     std::io::stdout().flush()?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer)?;

@@ -37,7 +37,12 @@ impl Job for Training {
         if let Some(capabilities) = Capabilities::of(choice.target.engine) {
             capabilities.check(spec).map_err(|error| request(error.to_string(), ""))?;
         }
-        Ok(format!("{:?}", choice.device).to_lowercase())
+        // Runs on the CPU share it; of the others each has a number, 0 where none is given.
+        let number = spec.engine.device.split_once(':').map_or("0", |(_, number)| number);
+        Ok(match choice.target.engine {
+            "cpu" => "cpu".into(),
+            engine => format!("{engine}-{number}"),
+        })
     }
 
     fn train(&self, spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) -> Result<End, Failure> {

@@ -25,7 +25,7 @@ pub const CAPABILITIES: [Capabilities; 3] = [
         engine: "cpu",
         precisions: &["f32"],
         weights: &[],
-        optimizers: &[Optimizer::AdamW],
+        optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
         optimizer_memory: &["device"],
         recompute: &["none", "all"],
     },

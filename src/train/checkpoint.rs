@@ -215,16 +215,22 @@ pub fn tensors(checkpoint: &Path) -> Result<impl WeightSource, TrainError> {
     Ok(SafetensorsWeights::open_files(&[checkpoint.join(TENSORS)])?)
 }
 
-/// Removes checkpoints beyond the last `keep`, the best one excepted.
+/// Removes checkpoints beyond the last `keep`, the best one excepted, and what a killed worker left half-written.
 ///
 /// # Errors
 /// When a folder cannot be removed.
 pub fn prune(folder: &RunFolder, keep: usize, best: Option<u64>) -> std::io::Result<()> {
+    let parent = folder.checkpoints();
     let steps = folder.checkpoint_steps();
     let surplus = steps.len().saturating_sub(keep.max(1));
-    for step in &steps[..surplus] {
-        if Some(*step) != best {
-            std::fs::remove_dir_all(folder.checkpoints().join(name(*step)))?;
+    for step in steps[..surplus].iter().filter(|step| Some(**step) != best) {
+        // It loses its name first: a half-removed checkpoint must not look like one.
+        std::fs::rename(parent.join(name(*step)), parent.join(format!(".{}.old", name(*step))))?;
+    }
+    for entry in std::fs::read_dir(&parent)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            std::fs::remove_dir_all(entry.path())?;
         }
     }
     Ok(())
