@@ -37,6 +37,8 @@ pub struct ModelConfig {
     pub windows: Vec<Option<usize>>,
     /// Type of the stored weights.
     pub dtype: DType,
+    /// The embedding row of this token has no gradient from the input side, as with PyTorch's `padding_idx`.
+    pub padding_token: Option<u32>,
     /// Standard deviation of random initial weights.
     pub initializer_range: f32,
     /// The file's own text, copied beside exported weights.
@@ -195,6 +197,7 @@ impl ModelConfig {
                 "bfloat16" => DType::BF16,
                 other => return Err(ModelError::config(format!("dtype = \"{other}\" is not implemented"))),
             },
+            padding_token: fields.number("pad_token_id").filter(|id| *id >= 0.0).map(|id| id as u32),
             initializer_range: fields.number("initializer_range").unwrap_or(0.02) as f32,
             source: map.clone(),
         };

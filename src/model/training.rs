@@ -154,7 +154,9 @@ fn micro(graph: &mut Graph, tokens: usize, recompute: &[Recompute], target: &Tar
     }
     let shape = [graph.config.vocab_size, graph.config.hidden_size];
     if let Some(grad_weight) = graph.weight_gradient(names::EMBEDDING, &shape) {
-        let op = Op::EmbeddingBackward { ids: inputs.ids, grad_output: gradient, grad_weight, scale: 1.0 };
+        let name = format!("inputs.{tokens}.embedding_ids");
+        let ids = graph.builder.persistent(&name, &[tokens], DType::I32, Kind::Input);
+        let op = Op::EmbeddingBackward { ids, grad_output: gradient, grad_weight, scale: 1.0 };
         graph.builder.push("embedding.backward", op);
     }
     graph.builder.end();

@@ -159,8 +159,9 @@ pub enum Op {
         output: BufferId,
         scale: f32,
     },
-    /// `grad_weight[ids[t]] += scale · grad_output[t]`, in the order of `t` (deterministic).
+    /// `grad_weight[ids[t]] += scale · grad_output[t]` where `ids[t] >= 0`, in the order of `t` (deterministic).
     EmbeddingBackward {
+        /// i32 `[T]`; negative for tokens whose row is not trained from here, such as padding.
         ids: BufferId,
         grad_output: BufferId,
         grad_weight: BufferId,

@@ -22,6 +22,7 @@ pub struct Stepper {
     lora_scale: Option<BufferId>,
     seed: u64,
     betas: [f64; 2],
+    padding_token: Option<u32>,
 }
 
 struct SizeIds {
@@ -32,6 +33,8 @@ struct SizeIds {
 
 struct InputIds {
     ids: BufferId,
+    /// Ids with padding as -1, where the embedding is trained.
+    embedding_ids: Option<BufferId>,
     positions: BufferId,
     document_start: BufferId,
     document_end: BufferId,
@@ -56,7 +59,12 @@ impl Stepper {
     ///
     /// # Errors
     /// When the workload is no training workload.
-    pub fn new(session: Box<dyn Session>, seed: u64, betas: [f64; 2]) -> Result<Self, EngineError> {
+    pub fn new(
+        session: Box<dyn Session>,
+        seed: u64,
+        betas: [f64; 2],
+        padding_token: Option<u32>,
+    ) -> Result<Self, EngineError> {
         let workload = &session.plan().workload;
         let buffer = |name: &str| {
             workload.find(name).ok_or_else(|| EngineError::Unsupported {
@@ -79,6 +87,7 @@ impl Stepper {
                 evaluate: workload.program(&format!("evaluate.{tokens}")),
                 inputs: InputIds {
                     ids: input("ids")?,
+                    embedding_ids: workload.find(&format!("inputs.{tokens}.embedding_ids")),
                     positions: input("positions")?,
                     document_start: input("document_start")?,
                     document_end: input("document_end")?,
@@ -107,6 +116,7 @@ impl Stepper {
             lora_scale,
             seed,
             betas,
+            padding_token,
         })
     }
 
@@ -297,6 +307,11 @@ impl Stepper {
         ];
         for (buffer, values) in words {
             self.session.write(buffer, bytemuck::cast_slice(values))?;
+        }
+        if let Some(buffer) = inputs.embedding_ids {
+            let trained = |&id: &i32| if Some(id as u32) == self.padding_token { -1 } else { id };
+            let ids: Vec<i32> = batch.ids.iter().map(trained).collect();
+            self.session.write(buffer, bytemuck::cast_slice(&ids))?;
         }
         self.session.write(inputs.token_weights, bytemuck::cast_slice(&batch.token_weights))
     }

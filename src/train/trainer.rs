@@ -105,7 +105,7 @@ pub fn train(spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) ->
         .map(|program| (program.tokens, program.estimated_seconds))
         .collect();
     let session = backend::open(plan, prepared.model.weights.clone(), &choice.device)?;
-    let mut stepper = Stepper::new(session, spec.train.seed, spec.train.betas)?;
+    let mut stepper = Stepper::new(session, spec.train.seed, spec.train.betas, prepared.model.config.padding_token)?;
     if let Some(adapter) = &prepared.adapter {
         stepper.load_adapter(adapter)?;
     }

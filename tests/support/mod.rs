@@ -141,7 +141,7 @@ impl Run {
         let workload = training_workload(&model.config, &options, target).expect("a workload");
         let plan = plan::plan(workload, target.clone()).expect("a plan");
         let session = backend::open(plan, Arc::clone(&model.weights), device).expect("a session");
-        Stepper::new(session, 1, self.betas.map(f64::from)).expect("a training workload")
+        Stepper::new(session, 1, self.betas.map(f64::from), model.config.padding_token).expect("a training workload")
     }
 }
 

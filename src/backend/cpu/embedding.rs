@@ -25,20 +25,26 @@ pub fn embedding(ids: &[i32], weight: Weight, output: &mut [f32], scale: f32) ->
     Ok(())
 }
 
-/// `grad_weight[ids[t]] += scale · grad_output[t]`; each task has its own columns and takes tokens in order.
+/// `grad_weight[ids[t]] += scale · grad_output[t]` where `ids[t] >= 0`; each task has its own columns and takes tokens
+/// in order.
 pub fn embedding_backward(
     ids: &[i32],
     grad_output: &[f32],
     grad_weight: &MatrixMut,
     scale: f32,
 ) -> Result<(), EngineError> {
-    check(ids, grad_weight.rows, "token id")?;
+    if let Some(&id) = ids.iter().find(|&&id| id >= grad_weight.rows as i32) {
+        return Err(device(format!("token id {id} is not below {}", grad_weight.rows)));
+    }
     let width = grad_weight.columns;
     let blocks: Vec<_> = super::product::blocks(width, 64).collect();
     blocks.into_par_iter().for_each(|columns| {
         // SAFETY: each task writes its own columns.
         let mut out = unsafe { grad_weight.part(0..grad_weight.rows, columns.clone()) };
         for (&id, grad) in ids.iter().zip(grad_output.chunks_exact(width)) {
+            if id < 0 {
+                continue;
+            }
             for (value, grad) in out.row(id as usize).iter_mut().zip(&grad[columns.clone()]) {
                 *value += scale * grad;
             }
