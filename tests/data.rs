@@ -519,3 +519,24 @@ fn several_sources_are_mixed_by_rows_and_weight() {
     spec.train = TrainData::Path(folder.path().display().to_string());
     assert_eq!(load(&spec, &tiny()).unwrap().train.len(), 30, "a folder of files");
 }
+
+#[test]
+fn a_split_and_a_subset_choose_files_of_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("en")).unwrap();
+    for name in ["train-00000-of-00001.jsonl", "test.jsonl", "en/train.jsonl"] {
+        std::fs::write(folder.path().join(name), format!("{{\"prompt\":\"{name}\",\"completion\":\"x\"}}\n")).unwrap();
+    }
+    let rows = |subset: &str, split: &str| {
+        let mut spec = spec(folder.path());
+        spec.train = TrainData::Sources(vec![DataSource {
+            path: folder.path().display().to_string(),
+            subset: subset.into(),
+            split: split.into(),
+            ..DataSource::default()
+        }]);
+        load(&spec, &tiny()).map(|loaded| loaded.train.len())
+    };
+    assert_eq!((rows("", "").unwrap(), rows("", "train").unwrap(), rows("en", "train").unwrap()), (3, 2, 1));
+    assert!(rows("", "validation").unwrap_err().to_string().contains("test.jsonl"));
+}

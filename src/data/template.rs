@@ -174,7 +174,12 @@ impl ChatTemplate {
         context.push(("tools".into(), tools.map_or(Value::from(()), python_json::to_jinja)));
         context.push(("documents".into(), Value::from(())));
         context.push(("add_generation_prompt".into(), Value::from(add_generation_prompt)));
-        let text = template.render(Value::from_pairs(context)).map_err(failed)?;
+        let context = Value::from_pairs(context);
+        // Templates come with models: one that trips the engine (it panics on a backward slice of an empty text) is
+        // an error of that template.
+        let text = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| template.render(context)))
+            .unwrap_or_else(|_| Err(Error::new(ErrorKind::InvalidOperation, "the template engine failed on it")))
+            .map_err(failed)?;
         Ok(take_out_marks(text))
     }
 }

@@ -58,7 +58,7 @@ OWN = {
         "{{ ns.turns }}/{{ loop.index }}/{{ loop.revindex0 }}{{ '*' if loop.index0 == ns.last_user }}{{ ' first' if loop.first }}{{ ' last' if loop.last else '' }}"
         " {{ loop.previtem.role if loop.previtem is defined else '-' }} {{ loop.nextitem.role if loop.nextitem is defined }};{% endfor %}<{{ ns.system }}>",
     "strings": LOOP + "{% set c = message.content %}{{ c.strip() }}|{{ c.lstrip() }}|{{ c.rstrip('\\n ') }}|{{ c.split(' ')[0] }}|{{ c.split() | length }}|"
-        "{{ c.startswith('H') }}|{{ c.endswith('?') }}|{{ c.replace('o', '0') }}|{{ c.upper() }}|{{ c.title() }}|{{ c[:3] }}|{{ c[-3:] }}|{{ c[::-1] }}|"
+        "{{ c.startswith('H') }}|{{ c.endswith('?') }}|{{ c.replace('o', '0') }}|{{ c.upper() }}|{{ c.title() }}|{{ c[:3] }}|{{ c[-3:] }}|{{ c[::-1] if c }}|"
         "{{ c | trim }}|{{ c | length }}|{{ 'a' in c }}|{{ c.find('o') }}|{{ c.count('e') }}|{{ '=' * 3 }}|{{ 'x' ~ 1 ~ none ~ true ~ 1.0 }}|"
         "{{ c.split('</think>')[-1].lstrip('\\n') }}|{{ c.rsplit(' ', 1)[0] }}|{{ c.rsplit() | length }}|{{ c.rsplit(none, 1)[-1] }}|{{ c.removeprefix('H') }}|{{ c.removesuffix('?') }}|{{ c.partition(' ')[2] }}|"
         "{{ c.isdigit() }}|{{ c.lower().capitalize() }}|{{ ', '.join(['a', 'b']) }}|{{ '{} and {x}'.format(1, x='y') }}|{{ c.splitlines() | length }}{% endfor %}",
