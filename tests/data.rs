@@ -292,7 +292,7 @@ fn long_rows_are_cut_dropped_or_refused_and_counted() {
     assert_eq!(cut.report.truncated[0].place.line, 1);
     let dropped = with(TooLong::Drop).unwrap();
     assert_eq!((dropped.train.len(), dropped.report.dropped.len()), (1, 1));
-    assert!(matches!(with(TooLong::Error), Err(DataError::TooLong { rows: 1, first: 1, .. })));
+    assert!(matches!(with(TooLong::Error), Err(DataError::TooLong { rows: 1, .. })));
 }
 
 #[test]
@@ -352,4 +352,191 @@ fn the_embedded_data_loads_with_the_embedded_model() {
     assert!(loaded.train.len() >= 150 && !loaded.eval.is_empty());
     assert!(loaded.report.dropped.is_empty() && loaded.report.truncated.is_empty());
     assert_eq!(loaded.report.overlap, 0);
+}
+
+#[test]
+fn templates_render_as_transformers_renders_them() {
+    let golden: Value = serde_json::from_slice(&std::fs::read(fixture("templates.json")).unwrap()).unwrap();
+    let tokenizer = tiny();
+    let mut wrong = String::new();
+    for entry in golden["templates"].as_array().unwrap() {
+        let name = entry["name"].as_str().unwrap();
+        let template = match entry["source"].as_str() {
+            Some(source) => ChatTemplate::new(name, source, &tokenizer),
+            None => ChatTemplate::choose(name, &tokenizer),
+        };
+        let template = match template {
+            Ok(template) => template,
+            Err(error) => {
+                wrong += &format!("{name} does not compile: {error}\n");
+                continue;
+            }
+        };
+        for case in entry["cases"].as_array().unwrap() {
+            let chat = messages(&golden["chats"][case["chat"].as_str().unwrap()]);
+            let tools = case["tools"].as_bool().unwrap().then_some(&golden["tools"]);
+            let rendered = template.render(&chat, tools, case["add_generation_prompt"].as_bool().unwrap());
+            match (case["text"].as_str(), rendered) {
+                (Some(expected), Ok(text)) if text == expected => {}
+                (None, Err(_)) => {}
+                (expected, rendered) => wrong += &format!("{name} {}:\n  {expected:?}\n  {rendered:?}\n", case["chat"]),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// The mask of a conversation under a template of the tiny tokenizer.
+fn masked(source: &str, chat: Value) -> (String, data::MaskMethod) {
+    let tokenizer = tiny();
+    let template = ChatTemplate::new("test", source, &tokenizer).unwrap();
+    let masked = data::mask(&template, &tokenizer, &messages(&chat), None, LossOn::Responses).unwrap();
+    let marked = masked.answers.iter().map(|(answer, _)| format!("[{}]", &masked.text[answer.clone()]));
+    (marked.collect::<Vec<_>>().join(" "), masked.method)
+}
+
+#[test]
+fn answers_are_found_in_templates_that_rewrite_earlier_turns() {
+    let chat = serde_json::json!([
+        {"role": "user", "content": "one"}, {"role": "assistant", "content": "<think>hm</think>first"},
+        {"role": "user", "content": "two"}, {"role": "assistant", "content": "<think>so</think>second"},
+    ]);
+    let turn = "'<|im_start|>' + message.role + '\n'";
+    // Reasoning is kept in the last answer only, as Qwen3 and DeepSeek do.
+    let strips = format!(
+        "{{% for message in messages %}}{{{{ {turn} + (message.content if loop.last else \
+         message.content.split('</think>')[-1]) + '<|im_end|>\n' }}}}{{% endfor %}}\
+         {{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\n' }}}}{{% endif %}}"
+    );
+    let (answers, method) = masked(&strips, chat.clone());
+    assert_eq!(answers, "[first<|im_end|>] [<think>so</think>second<|im_end|>]");
+    assert_eq!(method, data::MaskMethod::Sentinel);
+    // With the template's own marks nothing has to be guessed.
+    let tags = "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}\
+                {% generation %}{{ message.content if loop.last else message.content.split('</think>')[-1] }}<|im_end|>\
+                {% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}";
+    let (answers, method) = masked(tags, chat.clone());
+    assert_eq!(answers, "[first<|im_end|>] [<think>so</think>second<|im_end|>]");
+    assert_eq!(method, data::MaskMethod::GenerationTags);
+    // No generation prompt: the blank before the answer is the template's.
+    let plain = serde_json::json!([{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]);
+    let mistral = "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]\
+                   {% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}";
+    assert_eq!(masked(mistral, plain).0, "[two<|im_end|>]");
+}
+
+#[test]
+fn every_built_in_template_trains_the_answers_alone() {
+    let tokenizer = tiny();
+    for name in data::built_in_templates() {
+        let template = ChatTemplate::choose(name, &tokenizer).unwrap();
+        let chat: Value = serde_json::from_str(TWO_TURNS).unwrap();
+        let chat = messages(&chat["messages"]);
+        let masked = data::mask(&template, &tokenizer, &chat, None, LossOn::Responses).unwrap();
+        let answers: Vec<&str> =
+            masked.answers.iter().map(|(answer, _)| masked.text[answer.clone()].trim_start()).collect();
+        assert!(answers[0].starts_with("first") && answers[1].starts_with("second"), "{name}: {answers:?}");
+        assert!(answers.iter().all(|answer| !answer.contains("two")), "{name}: {answers:?}");
+    }
+}
+
+#[test]
+fn weights_of_messages_reach_the_tokens() {
+    let text = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","loss_weight":0.5},{"role":"user","content":"c"},{"role":"assistant","content":"d","weight":0}]}"#;
+    let loaded = load_text("rows.jsonl", text, |_| {}).unwrap();
+    let row = &loaded.train[0];
+    assert_eq!(trained(row, &tiny()), "b<|im_end|>");
+    let batch = &data::pack(&[row], &[64], |size| size as f64, true).unwrap()[0];
+    assert_eq!(batch.label_tokens, 2);
+    assert_eq!(batch.token_weights.iter().sum::<f32>(), 1.0);
+}
+
+#[test]
+fn rows_that_cannot_be_trained_on_are_listed_with_file_and_line() {
+    let text = "{\"prompt\":\"a\",\"completion\":\"b\"}\n\n{\"prompt\":\"a\",\"completion\":\"\"}\n{\"prompt\":\"a\",\"completion\":\"b\"}\n";
+    let report = load_text("rows.jsonl", text, |_| {}).unwrap().report;
+    let [dropped] = report.dropped.as_slice() else { panic!("{:?}", report.dropped) };
+    assert_eq!((dropped.place.line, dropped.reason.as_str()), (3, "an answer is empty"));
+    assert_eq!(report.duplicates[0].line, 4);
+    assert_eq!(report.place(2).unwrap().line, 4);
+    assert!(report.lint.iter().any(|lint| lint.rule == "duplicates"));
+}
+
+#[test]
+fn tool_calls_that_a_template_cannot_show_are_pointed_out() {
+    let text = r#"{"conversations":[{"from":"human","value":"weather?"},{"from":"function_call","value":"{\"name\":\"look\",\"arguments\":{\"city\":\"Bern\"}}"},{"from":"observation","value":"sun"},{"from":"gpt","value":"Sun."}],"tools":"[{\"name\":\"look\"}]"}"#;
+    let lint = |template: &str| {
+        let report = load_text("rows.jsonl", text, |spec| {
+            spec.template = template.into();
+            spec.max_length = 1024;
+        });
+        report.unwrap().report.lint
+    };
+    assert!(lint("auto").iter().any(|lint| lint.rule == "template-leaves-out"));
+    assert!(lint("qwen2.5").is_empty());
+}
+
+#[test]
+fn a_preview_shows_the_row_as_it_will_be_trained_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    std::fs::write(&path, "{\"prompt\":\"Größe? 🙂\",\"completion\":\"groß 🙂 und so weiter und so fort\"}\n").unwrap();
+    let mut spec = spec(&path);
+    spec.max_length = 40;
+    let preview = data::Preview::open(&spec, 0, &tiny(), &|_| {}).unwrap();
+    let row = preview.row(preview.find(1).unwrap()).unwrap().unwrap();
+    let text = |keep: fn(&data::TokenSpan) -> bool| -> String {
+        row.spans.iter().filter(|span| keep(span)).map(|span| span.text.as_str()).collect()
+    };
+    assert_eq!(
+        text(|_| true),
+        "<|im_start|>user\nGröße? 🙂<|im_end|>\n<|im_start|>assistant\ngroß 🙂 und so weiter und so fort<|im_end|>\n"
+    );
+    let trained = text(|span| span.trained);
+    assert!(trained.starts_with("groß 🙂") && !trained.contains("fort"), "{trained}");
+    assert!(row.spans.iter().skip(40).all(|span| span.cut));
+    assert_eq!(row.label_tokens, row.spans.iter().filter(|span| span.trained).count());
+    assert_eq!(preview.histogram.over, 1);
+    assert_eq!(preview.histogram.bins.iter().map(|bin| bin.rows).sum::<usize>(), 1);
+}
+
+#[test]
+fn several_sources_are_mixed_by_rows_and_weight() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = |name: &str, count: usize, rows: Option<usize>, weight: f64| {
+        let path = folder.path().join(name);
+        let text: String =
+            (0..count).map(|i| format!("{{\"prompt\":\"{name} {i}\",\"completion\":\"{i}\"}}\n")).collect();
+        std::fs::write(&path, text).unwrap();
+        DataSource { path: path.display().to_string(), rows, weight, ..DataSource::default() }
+    };
+    let mut spec = spec(folder.path());
+    spec.train = TrainData::Sources(vec![source("a.jsonl", 20, Some(10), 0.0), source("b.jsonl", 10, None, 2.0)]);
+    let loaded = load(&spec, &tiny()).unwrap();
+    assert_eq!(loaded.train.len(), 10 + 20);
+    assert_eq!(loaded.report.left_out, 10);
+    assert!(loaded.report.lint.iter().all(|lint| lint.rule != "duplicates"));
+    spec.train = TrainData::Path(folder.path().display().to_string());
+    assert_eq!(load(&spec, &tiny()).unwrap().train.len(), 30, "a folder of files");
+}
+
+#[test]
+fn a_split_and_a_subset_choose_files_of_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("en")).unwrap();
+    for name in ["train-00000-of-00001.jsonl", "test.jsonl", "en/train.jsonl"] {
+        std::fs::write(folder.path().join(name), format!("{{\"prompt\":\"{name}\",\"completion\":\"x\"}}\n")).unwrap();
+    }
+    let rows = |subset: &str, split: &str| {
+        let mut spec = spec(folder.path());
+        spec.train = TrainData::Sources(vec![DataSource {
+            path: folder.path().display().to_string(),
+            subset: subset.into(),
+            split: split.into(),
+            ..DataSource::default()
+        }]);
+        load(&spec, &tiny()).map(|loaded| loaded.train.len())
+    };
+    assert_eq!((rows("", "").unwrap(), rows("", "train").unwrap(), rows("en", "train").unwrap()), (3, 2, 1));
+    assert!(rows("", "validation").unwrap_err().to_string().contains("test.jsonl"));
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use serde_json::json;
 
+use super::paint::{Stream, is_coloured};
 use crate::data::{DataError, Format, Preview, Progress, Report, RowView};
 use crate::hub;
 use crate::model::tokenizer::Tokenizer;
@@ -60,7 +61,10 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
         spec.model.id.clone_from(model);
     }
     let (tokenizer, model) = open_tokenizer(&spec)?;
-    let preview = Preview::open(&spec.data, spec.train.seed, &tokenizer, &progress_line())?;
+    let progress = ProgressLine::new();
+    let preview = Preview::open(&spec.data, spec.train.seed, &tokenizer, &|now| progress.show(now));
+    progress.clear();
+    let preview = preview?;
     let index = match args.row {
         None => (!preview.is_empty()).then_some(0),
         Some(line) => Some(find(&preview, line)?),
@@ -84,11 +88,7 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
         let page = Page { preview: &preview, model: &model, guessed: spec.model.id.is_empty(), list: args.list };
         page.text(row.as_ref(), Marks::of_standard_output())
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // A reader that has seen enough is no error.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
-        other => other.context("standard output cannot be written")?,
-    }
+    std::io::stdout().write_all(text.as_bytes()).context("standard output cannot be written")?;
     Ok(if preview.problem.is_some() { exit::REQUEST } else { exit::DONE })
 }
 
@@ -115,16 +115,30 @@ fn find(preview: &Preview, line: usize) -> Result<usize, DataError> {
 }
 
 /// Progress on standard error, once the work has taken two seconds, where a terminal shows it.
-fn progress_line() -> impl Fn(Progress) + Sync {
-    let start = Instant::now();
-    let shown = Mutex::new(start);
-    let terminal = std::io::stderr().is_terminal();
-    move |progress| {
-        let now = Instant::now();
-        let Ok(mut last) = shown.lock() else { return };
-        if terminal && start.elapsed() > Duration::from_secs(2) && now - *last > Duration::from_millis(100) {
-            *last = now;
-            eprint!("\r\x1b[K{} {}/{}\r", progress.stage, progress.done, progress.total);
+struct ProgressLine {
+    start: Instant,
+    /// When it was last written.
+    shown: Mutex<Option<Instant>>,
+    terminal: bool,
+}
+
+impl ProgressLine {
+    fn new() -> Self {
+        Self { start: Instant::now(), shown: Mutex::new(None), terminal: std::io::stderr().is_terminal() }
+    }
+
+    fn show(&self, progress: Progress) {
+        let Ok(mut shown) = self.shown.lock() else { return };
+        let recent = shown.is_some_and(|shown| shown.elapsed() < Duration::from_millis(100));
+        if self.terminal && self.start.elapsed() > Duration::from_secs(2) && !recent {
+            *shown = Some(Instant::now());
+            eprint!("\r\x1b[K{} {}/{}", progress.stage, progress.done, progress.total);
+        }
+    }
+
+    fn clear(&self) {
+        if self.shown.lock().is_ok_and(|shown| shown.is_some()) {
+            eprint!("\r\x1b[K");
         }
     }
 }
@@ -142,8 +156,7 @@ struct Marks {
 
 impl Marks {
     fn of_standard_output() -> Self {
-        let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Self { coloured: std::io::stdout().is_terminal() && !refused }
+        Self { coloured: is_coloured(Stream::Out) }
     }
 
     fn paint(self, code: &str, text: &str) -> String {

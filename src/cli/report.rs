@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::paint::{Stream, Tone, paint};
+use crate::data::DataError;
 use crate::hub::HubError;
 use crate::run::RunError;
 use crate::run::worker::exit;
@@ -59,6 +60,8 @@ fn describe(error: &anyhow::Error) -> (String, u8) {
         (error.to_string(), error.hint(), exit::REQUEST)
     } else if let Some(error) = error.downcast_ref::<TrainError>() {
         (error.to_string(), error.hint(), if error.is_request() { exit::REQUEST } else { exit::FAILED })
+    } else if let Some(error) = error.downcast_ref::<DataError>() {
+        (error.to_string(), error.hint(), exit::REQUEST)
     } else {
         (chain(error), String::new(), exit::FAILED)
     };

@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::Path;
 
 use super::format::{self, Format};
 use super::message::Example;
@@ -97,8 +96,16 @@ pub(super) fn assemble(
         examples.extend(found);
     }
     if let EvalData::Path(path) = &spec.eval {
+        // Written like the training rows, or in a format of its own.
+        let alike = sources(spec).into_iter().next().unwrap_or_default();
         let source = DataSource { path: path.clone(), ..DataSource::default() };
-        let mut found = gather(&source, spec, Split::Eval, &mut report, progress)?;
+        let like_train = DataSource { format: alike.format, columns: alike.columns, ..source.clone() };
+        let mut found = match gather(&like_train, spec, Split::Eval, &mut report, progress) {
+            Err(DataError::Format { .. }) if like_train != source => {
+                gather(&source, spec, Split::Eval, &mut report, progress)?
+            }
+            other => other?,
+        };
         found.iter_mut().for_each(|example| example.held_out = true);
         examples.extend(found);
     }
@@ -199,17 +206,13 @@ pub(super) fn gather(
     let mut examples = Vec::new();
     let mut seen = HashSet::new();
     let mut read_any = false;
-    for (key, value) in [("subset", &source.subset), ("split", &source.split)] {
-        if !value.is_empty() {
-            return Err(DataError::Unsupported {
-                path: source.path.clone(),
-                what: format!("{key} = \"{value}\" is for datasets of the hub, which are not read yet"),
-                hint: format!("leave {key} out and give the file that holds it"),
-            });
-        }
-    }
     let embedded = source.path == DEMO;
-    let files = if embedded { vec![DEMO.into()] } else { read::files(Path::new(&source.path))? };
+    let files = if embedded {
+        vec![DEMO.into()]
+    } else {
+        let folder = read::locate(&source.path)?;
+        read::select(&folder, read::files(&folder)?, &source.subset, &source.split)?
+    };
     for (done, path) in files.iter().enumerate() {
         progress(Progress { stage: "reading", done, total: files.len() });
         let records = match (embedded, split) {

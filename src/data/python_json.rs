@@ -114,7 +114,7 @@ impl Writer<'_> {
 }
 
 /// `repr(float)`: the shortest digits that read back, with an exponent below 1e-4 and from 1e16.
-fn float_repr(value: f64) -> String {
+pub(super) fn float_repr(value: f64) -> String {
     let scientific = format!("{value:e}");
     let Some((digits, exponent)) = scientific.split_once('e') else { return value.to_string() };
     let exponent: i32 = exponent.parse().unwrap_or(0);

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::DataError;
+use crate::hub;
 
 /// One row as the file has it.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,20 +28,12 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
         return Ok(vec![path.to_owned()]);
     }
     if !path.is_dir() {
-        return Err(match hub_id(path) {
-            Some(id) => DataError::Unsupported {
-                path: id,
-                what: "there is no such file or folder, and datasets of the hub are not downloaded yet".into(),
-                hint: "download the dataset's files and give their folder".into(),
-            },
-            None => DataError::NotFound { path: path.into() },
-        });
+        return Err(DataError::NotFound { path: path.into() });
     }
     let mut found = Vec::new();
     let mut folders = vec![path.to_owned()];
     let unreadable =
         |path: &Path, error: std::io::Error| DataError::Read { path: path.into(), what: error.to_string() };
-    let mut refused = None;
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).map_err(|error| unreadable(&folder, error))? {
             let path = entry.map_err(|error| unreadable(&folder, error))?.path();
@@ -51,16 +44,9 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
             if path.is_dir() {
                 folders.push(path);
             } else {
-                match kind(&path) {
-                    Some(Kind::Parquet) => refused = Some(path),
-                    Some(_) => found.push(path),
-                    None => {}
-                }
+                found.extend(kind(&path).map(|_| path));
             }
         }
-    }
-    if let Some(path) = refused {
-        return Err(parquet(&path));
     }
     if found.is_empty() {
         return Err(DataError::Unreadable { path: path.into(), what: "no readable files in this folder".into() });
@@ -69,16 +55,51 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
     Ok(found)
 }
 
-/// `org/name`, as datasets are called on the hub.
-fn hub_id(path: &Path) -> Option<String> {
-    let text = path.to_str()?;
-    let (owner, name) = text.split_once('/')?;
-    let plain = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+/// The folder of a data set: the path itself, or for a hub id that is no path its snapshot in the local cache.
+///
+/// # Errors
+/// When it is neither here nor in the cache.
+pub fn locate(path: &str) -> Result<PathBuf, DataError> {
+    let local = PathBuf::from(path);
+    if local.exists() || !hub::is_id(path) || kind(&local).is_some() {
+        return Ok(local);
+    }
+    hub::locate_dataset(path, "").map_err(|_| DataError::Unsupported {
+        path: path.into(),
+        what: "there is no such file or folder, and no such dataset in the Hugging Face cache".into(),
+        hint: format!("fetch it with `hf download --repo-type dataset {path}`, or give a file or folder"),
+    })
+}
+
+/// The files of a folder (a file is itself) that belong to a subset and a split, by the names that data sets are stored under:
+/// `train.jsonl`, `train-00000-of-00002.jsonl`, `train/...`, and a folder named for the subset.
+///
+/// # Errors
+/// When none do; the message says which files there are.
+pub fn select(folder: &Path, files: Vec<PathBuf>, subset: &str, split: &str) -> Result<Vec<PathBuf>, DataError> {
+    if folder.is_file() || (subset.is_empty() && split.is_empty()) {
+        return Ok(files);
+    }
+    let parts = |file: &Path| -> Vec<String> {
+        let inside = file.strip_prefix(folder).unwrap_or(file);
+        inside.iter().map(|part| part.to_string_lossy().into_owned()).collect()
     };
-    (plain(owner) && plain(name) && kind(path).is_none()).then(|| text.to_owned())
+    let belongs = |file: &PathBuf| {
+        let parts = parts(file);
+        let named = |part: &String| {
+            part.strip_prefix(split).is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '.', '_']))
+        };
+        (subset.is_empty() || parts.iter().any(|part| part == subset)) && (split.is_empty() || parts.iter().any(named))
+    };
+    let (chosen, others): (Vec<_>, Vec<_>) = files.into_iter().partition(belongs);
+    if chosen.is_empty() {
+        let there = others.iter().map(|file| parts(file).join("/")).collect::<Vec<_>>().join(", ");
+        return Err(DataError::Content {
+            path: folder.into(),
+            what: format!("no file belongs to subset \"{subset}\" and split \"{split}\" of {there}"),
+        });
+    }
+    Ok(chosen)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -148,6 +148,22 @@ impl Report {
             }
         }
         if let Some(tokenizer) = tokenizer {
+            let text = self.sources.iter().any(|source| source.mapping.format == Format::Text);
+            if text && tokenizer.eos_id().is_none() {
+                add(
+                    "no-end-of-text",
+                    "the tokenizer names no end-of-text token, so documents run into each other".into(),
+                    "add eos_token to the model's tokenizer_config.json",
+                );
+            }
+            let begins = |row: &Row| row.input_ids.first().copied() == tokenizer.bos_id();
+            if self.template.is_some() && tokenizer.adds_bos() && !train.iter().any(begins) {
+                add(
+                    "missing-bos",
+                    "the tokenizer begins texts with its begin-of-text token, and the chat template does not".into(),
+                    "use the model's own template, or begin yours with {{ bos_token }}",
+                );
+            }
             let trained_end = |row: &&Row| {
                 row.labels.iter().skip(1).any(|label| *label != IGNORED && tokenizer.is_special(*label as u32))
             };

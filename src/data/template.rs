@@ -174,7 +174,12 @@ impl ChatTemplate {
         context.push(("tools".into(), tools.map_or(Value::from(()), python_json::to_jinja)));
         context.push(("documents".into(), Value::from(())));
         context.push(("add_generation_prompt".into(), Value::from(add_generation_prompt)));
-        let text = template.render(Value::from_pairs(context)).map_err(failed)?;
+        let context = Value::from_pairs(context);
+        // Templates come with models: one that trips the engine (it panics on a backward slice of an empty text) is
+        // an error of that template.
+        let text = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| template.render(context)))
+            .unwrap_or_else(|_| Err(Error::new(ErrorKind::InvalidOperation, "the template engine failed on it")))
+            .map_err(failed)?;
         Ok(take_out_marks(text))
     }
 }
@@ -188,7 +193,7 @@ pub(super) fn message_value(message: &Message) -> Value {
         .find_map(|key| fields.get(*key).filter(|value| !value.is_null()).cloned());
     if let Some(reasoning) = reasoning {
         if !fields.contains_key("thinking") {
-            fields.insert("thinking".into(), reasoning.clone());
+            fields.shift_insert(0, "thinking".into(), reasoning.clone());
         }
         fields.insert("reasoning_content".into(), reasoning);
     }
@@ -205,6 +210,12 @@ fn environment() -> Environment<'static> {
             .expect("the default delimiters are valid"),
     );
     environment.set_unknown_method_callback(method);
+    environment.set_formatter(|out, state, value| match f64::try_from(value.clone()) {
+        Ok(float) if value.is_number() && !value.is_integer() => {
+            out.write_str(&python_json::float_repr(float)).map_err(Error::from)
+        }
+        _ => minijinja::escape_formatter(out, state, value),
+    });
     environment.add_filter("tojson", to_json);
     environment.add_filter("__generation", |block: String| format!("{BLOCK_START}{block}{BLOCK_END}"));
     environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
@@ -219,7 +230,7 @@ fn environment() -> Environment<'static> {
     });
     // In Jinja2 whatever has a length and items is a sequence, strings and dicts too.
     environment.add_test("sequence", |value: &Value| {
-        matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+        matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined)
     });
     environment.add_test("iterable", |value: &Value| {
         value.kind() == ValueKind::String || (!value.is_none() && value.try_iter().is_ok())
@@ -240,6 +251,16 @@ fn method(state: &mut State, value: &Value, method: &str, arguments: &[Value]) -
                 let (suffix,): (&str,) = from_args(arguments)?;
                 return Ok(Value::from(text.strip_suffix(suffix).unwrap_or(text)));
             }
+            "rsplit" => {
+                let (separator, limit): (Option<&str>, Option<i64>) = from_args(arguments)?;
+                let limit = usize::try_from(limit.unwrap_or(-1)).map_or(usize::MAX, |limit| limit.saturating_add(1));
+                let mut parts: Vec<&str> = match separator {
+                    Some(separator) => text.rsplitn(limit, separator).collect(),
+                    None => rsplit_blanks(text, limit),
+                };
+                parts.reverse();
+                return Ok(parts.into_iter().map(Value::from).collect());
+            }
             "partition" | "rpartition" => {
                 let (separator,): (&str,) = from_args(arguments)?;
                 let parts = match method {
@@ -252,6 +273,22 @@ fn method(state: &mut State, value: &Value, method: &str, arguments: &[Value]) -
         }
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments)
+}
+
+/// Words from the right, at most `limit` pieces, the last one whole, as `str.rsplit` without a separator.
+fn rsplit_blanks(text: &str, limit: usize) -> Vec<&str> {
+    let mut parts = Vec::new();
+    let mut rest = text.trim_end();
+    while !rest.is_empty() && parts.len() + 1 < limit {
+        let start =
+            rest.rfind(char::is_whitespace).map_or(0, |at| at + rest[at..].chars().next().map_or(1, char::len_utf8));
+        parts.push(&rest[start..]);
+        rest = rest[..start].trim_end();
+    }
+    if !rest.is_empty() {
+        parts.push(rest);
+    }
+    parts
 }
 
 /// `json.dumps(value, ensure_ascii=False)` and its options.

@@ -59,6 +59,14 @@ pub fn locate_model(id: &str, revision: &str) -> Result<Location, HubError> {
     Ok(Location::Folder { path, commit: Some(commit) })
 }
 
+/// Folder of a hub dataset in the local cache.
+///
+/// # Errors
+/// When it is not there.
+pub fn locate_dataset(id: &str, revision: &str) -> Result<PathBuf, HubError> {
+    cache::snapshot("datasets", id, revision).map(|(path, _)| path)
+}
+
 /// Whether a text has the form of a hub id, `owner/name`.
 pub fn is_id(text: &str) -> bool {
     let part = |part: &str| {

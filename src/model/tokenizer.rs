@@ -266,6 +266,12 @@ impl Tokenizer {
         self.eos_token().and_then(|text| self.token_to_id(text))
     }
 
+    /// Whether plain text is encoded with a begin-of-text token before it.
+    pub fn adds_bos(&self) -> bool {
+        let bos = self.bos_id();
+        bos.is_some() && self.encode("", true).is_ok_and(|ids| ids.first().copied() == bos)
+    }
+
     pub fn pad_id(&self) -> Option<u32> {
         self.special_tokens.get("pad_token").and_then(|text| self.token_to_id(text))
     }

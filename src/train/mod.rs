@@ -84,6 +84,7 @@ impl TrainError {
             TrainError::Planning(planning::PlanningError::Plan(_)) => {
                 "lower data.max_length or method.rank, or set engine.recompute = \"all\"".into()
             }
+            TrainError::Data(error) => error.hint(),
             TrainError::Write { .. } => "free space on that disk, then `tune resume` the run".into(),
             TrainError::NonFinite { .. } => {
                 "lower train.learning_rate or look at the rows named, then `tune resume` the run".into()
