@@ -1,8 +1,10 @@
 //! The command line: one file a verb.
 
+pub mod chat;
 pub mod command;
 pub mod compare;
 pub mod data;
+pub mod demo;
 pub mod describe;
 pub mod doctor;
 pub mod logs;
@@ -40,6 +42,7 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Verb {
+    Demo(demo::Arguments),
     New(new::Arguments),
     Train(train::Arguments),
     Plan(plan::Arguments),
@@ -54,6 +57,7 @@ enum Verb {
     Set(command::Set),
     Stop(command::Stop),
     Resume(resume::Arguments),
+    Chat(chat::Arguments),
     Compare(compare::Arguments),
     Rm(rm::Arguments),
     Doctor(doctor::Arguments),
@@ -80,6 +84,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         return tui::run(cli.file).unwrap_or_else(|error| report::report(&error));
     };
     let result = match verb {
+        Verb::Demo(arguments) => demo::run(arguments),
         Verb::New(arguments) => new::run(arguments),
         Verb::Train(arguments) => train::run(arguments),
         Verb::Plan(arguments) => plan::run(arguments),
@@ -94,6 +99,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Set(arguments) => command::set(arguments),
         Verb::Stop(arguments) => command::stop(arguments),
         Verb::Resume(arguments) => resume::run(arguments),
+        Verb::Chat(arguments) => chat::run(arguments),
         Verb::Compare(arguments) => compare::run(arguments),
         Verb::Rm(arguments) => rm::run(arguments),
         Verb::Doctor(arguments) => doctor::run(arguments),
