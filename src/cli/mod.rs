@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod command;
 pub mod compare;
+pub mod converse;
 pub mod data;
 pub mod demo;
 pub mod describe;
@@ -63,6 +64,8 @@ enum Verb {
     Doctor(doctor::Arguments),
     #[command(hide = true)]
     Worker(worker::Arguments),
+    #[command(hide = true)]
+    Converse(converse::Arguments),
 }
 
 /// Runs a command line, the program's name first; gives the exit code.
@@ -104,6 +107,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Rm(arguments) => rm::run(arguments),
         Verb::Doctor(arguments) => doctor::run(arguments),
         Verb::Worker(arguments) => worker::run(arguments),
+        Verb::Converse(arguments) => converse::run(arguments),
     };
     match result {
         Ok(code) => code,

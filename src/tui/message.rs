@@ -270,6 +270,8 @@ pub enum Message {
         run: String,
         history: Box<History>,
         spec: Option<Box<RunSpec>>,
+        /// False for a first look at the two ends of a very long run.
+        whole: bool,
     },
     Events {
         run: String,

@@ -339,7 +339,7 @@ pub fn answer(app: &mut App) {
                 Request::Start(_) => app.handle(Message::Started(Ok("261122-100000-otter".into()))),
                 Request::Open(run) => {
                     let history = Box::new(history(113, 60));
-                    app.handle(Message::History { run, history, spec: None });
+                    app.handle(Message::History { run, history, spec: None, whole: true });
                     app.handle(Message::Machine(Box::new(machine())));
                 }
                 Request::Compare(first, second) => {

@@ -127,6 +127,12 @@ impl App {
     pub(in crate::tui) fn choose_model(&mut self, id: &str) {
         let mut spec = self.draft.spec.clone();
         (spec.model.id, spec.model.revision) = (id.to_owned(), String::new());
+        // A default must not be refused: rows are at most as long as the model's context.
+        let context = self.model.list.items().iter().find(|entry| entry.id == id).and_then(|entry| entry.context);
+        if let Some(context) = context.filter(|&context| spec.data.max_length > context) {
+            spec.data.max_length = context;
+            self.tell(format!("data.max_length = {context}, the model's context"));
+        }
         if self.draft.change(spec) {
             self.model.select(id);
             self.refresh_preview();

@@ -85,8 +85,8 @@ impl App {
                 self.open_run(&run);
             }
             Message::Started(Err(error)) => self.complain(error),
-            Message::History { run, history, spec } if self.train.run.as_ref() == Some(&run) => {
-                (self.train.history, self.train.spec, self.train.opening) = (*history, spec, false);
+            Message::History { run, history, spec, whole } if self.train.run.as_ref() == Some(&run) => {
+                (self.train.history, self.train.spec, self.train.opening) = (*history, spec, !whole);
             }
             Message::Events { run, records } if self.train.run.as_ref() == Some(&run) => {
                 for record in records {

@@ -63,6 +63,9 @@ pub fn duration(seconds: f64) -> String {
     if !seconds.is_finite() || seconds < 0.0 {
         return "-".into();
     }
+    if seconds < 0.095 {
+        return format!("{} ms", three(seconds * 1000.0));
+    }
     if seconds < 9.95 {
         return format!("{seconds:.1}s");
     }
@@ -228,6 +231,7 @@ mod tests {
         assert_eq!(three(2e-4), "2e-4");
         assert_eq!(three(1234.5), "1234");
         assert_eq!(duration(0.42), "0.4s");
+        assert_eq!(duration(0.0421), "42.1 ms");
         assert_eq!(duration(200.0), "3m 20s");
         assert_eq!(duration(7500.0), "2h 05m");
         assert_eq!(duration(f64::NAN), "-");

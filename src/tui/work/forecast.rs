@@ -35,6 +35,12 @@ impl Forecaster {
         let choice = choose(spec)?;
         let config = self.config(spec)?;
         let limit = spec.data.max_length;
+        let context = config.max_position_embeddings;
+        if limit > context {
+            return Err(format!(
+                "data.max_length = {limit}: the model's context is {context} tokens; use that or less"
+            ));
+        }
         // Without the rows every row is taken to be as long as it may be.
         let lengths: Vec<usize> = match lengths {
             Some(lengths) if !lengths.is_empty() => lengths.iter().map(|&length| length.min(limit)).collect(),

@@ -266,10 +266,36 @@ impl Follower {
     }
 }
 
+/// Above this many bytes of events the two ends are shown before the whole is read.
+const LONG: u64 = 16 << 20;
+/// Bytes of each end.
+const END: u64 = 1 << 20;
+
+/// The beginning and the latest updates of a very long run.
+fn glance(folder: &RunFolder) -> Option<History> {
+    let path = folder.events_path();
+    let length = std::fs::metadata(&path).ok().filter(|file| file.len() > LONG)?.len();
+    let mut history = History::default();
+    let mut start = EventReader::open(&path).ok()?;
+    while start.offset() < END
+        && let Some(record) = start.next_record().ok()?
+    {
+        history.take(record);
+    }
+    for record in EventReader::open_at(&path, length - END).ok()?.map_while(Result::ok) {
+        history.take(record);
+    }
+    Some(history)
+}
+
 fn follow(run: &str, wanted: &AtomicBool, sender: &Sender<Message>) -> Result<(), String> {
     let folder = folder(run)?;
     let failed = |error: std::io::Error| format!("{}: {error}", folder.events_path().display());
     let spec = RunSpec::read(&folder.spec_path(), &[]).ok().map(Box::new);
+    if let Some(history) = glance(&folder) {
+        let history = Box::new(history);
+        let _ = sender.send(Message::History { run: run.to_owned(), history, spec: spec.clone(), whole: false });
+    }
     let mut reader = None;
     let mut history = Some(Box::new(History::default()));
     let mut quiet = 0u32;
@@ -293,7 +319,7 @@ fn follow(run: &str, wanted: &AtomicBool, sender: &Sender<Message>) -> Result<()
         }
         if let Some(history) = history.take_if(|_| reader.is_some()) {
             let run = run.to_owned();
-            let _ = sender.send(Message::History { run, history, spec: spec.clone() });
+            let _ = sender.send(Message::History { run, history, spec: spec.clone(), whole: true });
         } else if !records.is_empty() {
             (quiet, told) = (0, false);
             if sender.send(Message::Events { run: run.to_owned(), records }).is_err() {

@@ -1,0 +1,317 @@
+//! The program itself in a pseudo-terminal, by keyboard alone, with the embedded model.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use portable_pty::{Child, CommandBuilder, PtySize, native_pty_system};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The interface on a terminal of 100x30.
+struct Workbench {
+    parser: vt100::Parser,
+    output: Receiver<Vec<u8>>,
+    input: Box<dyn Write + Send>,
+    child: Box<dyn Child + Send + Sync>,
+    /// Everything that was written.
+    bytes: Vec<u8>,
+}
+
+impl Workbench {
+    fn open(home: &Path, arguments: &[&str]) -> Self {
+        Self::open_in(home, arguments, &[])
+    }
+
+    fn open_in(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        let size = PtySize { rows: 30, cols: 100, pixel_width: 0, pixel_height: 0 };
+        let pair = native_pty_system().openpty(size).unwrap();
+        let mut command = CommandBuilder::new(env!("CARGO_BIN_EXE_tune"));
+        command.args(arguments);
+        command.cwd(home);
+        for (name, value) in [("TERM", "xterm-256color"), ("LANG", "C.UTF-8")] {
+            command.env(name, value);
+        }
+        for name in ["TUNE_HOME", "TUNE_CONFIG", "HF_HOME"] {
+            command.env(name, home);
+        }
+        for (name, value) in environment {
+            command.env(name, value);
+        }
+        for name in ["NO_COLOR", "LC_ALL", "LC_CTYPE", "HF_HUB_CACHE", "HF_TOKEN"] {
+            command.env_remove(name);
+        }
+        let child = pair.slave.spawn_command(command).unwrap();
+        drop(pair.slave);
+        let mut reader = pair.master.try_clone_reader().unwrap();
+        let input = pair.master.take_writer().unwrap();
+        let (sender, output) = channel();
+        std::thread::spawn(move || {
+            let _master = pair.master;
+            let mut buffer = vec![0; 65536];
+            while let Ok(count @ 1..) = reader.read(&mut buffer) {
+                if sender.send(buffer[..count].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        let parser = vt100::Parser::new(30.try_into().unwrap(), 100.try_into().unwrap(), 0);
+        Self { parser, output, input, child, bytes: Vec::new() }
+    }
+
+    fn screen(&self) -> String {
+        self.parser.screen().contents()
+    }
+
+    fn take(&mut self, bytes: Vec<u8>) {
+        self.parser.process(&bytes);
+        self.bytes.extend(bytes);
+    }
+
+    /// Reads until the screen shows this.
+    fn see(&mut self, text: &str) {
+        let end = Instant::now() + PATIENCE;
+        while !self.screen().contains(text) {
+            match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(bytes) => self.take(bytes),
+                Err(error) => panic!("no \"{text}\" ({error}) on:\n{}", self.screen()),
+            }
+        }
+    }
+
+    fn press(&mut self, keys: &str) {
+        self.input.write_all(keys.as_bytes()).unwrap();
+        self.input.flush().unwrap();
+    }
+
+    /// Reads to the end of the output.
+    fn end(&mut self) {
+        loop {
+            match self.output.recv_timeout(PATIENCE) {
+                Ok(bytes) => self.take(bytes),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => panic!("it did not end:\n{}", self.screen()),
+            }
+        }
+        let _ = self.child.wait();
+    }
+
+    fn signal(&self, name: &str) {
+        let process = self.child.process_id().unwrap().to_string();
+        assert!(Command::new("kill").args([name, &process]).status().unwrap().success());
+    }
+
+    /// Whether the terminal is as it was: alternate screen left, cursor shown, paste as before.
+    fn is_restored(&self) -> bool {
+        let screen = self.parser.screen();
+        !screen.alternate_screen() && !screen.hide_cursor() && !screen.bracketed_paste()
+    }
+}
+
+impl Drop for Workbench {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+    }
+}
+
+fn tune(home: &Path, arguments: &[&str]) -> String {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_tune")).args(arguments).env("TUNE_HOME", home).current_dir(home).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_five_steps_and_a_run_that_outlives_its_interface() {
+    let home = tempfile::tempdir().unwrap();
+    let mut first = Workbench::open(home.path(), &[]);
+    first.see("demo");
+    first.press("\r");
+    first.see("Files");
+    first.see("demo");
+    first.press("\r");
+    first.see("What is tune?");
+    first.press("\r");
+    first.see("(estimates)");
+    // A rate that is too high is warned of, and one key mends it.
+    first.press("/learning_rate\r\r\x151e-3\r");
+    first.see("is high for lora");
+    // Warnings of the data come before it.
+    while !first.screen().contains("▸ 1e-3 is high") {
+        first.press("w");
+        let bytes = first.output.recv_timeout(PATIENCE).unwrap();
+        first.take(bytes);
+    }
+    first.press("f");
+    first.see("train.learning_rate = 2e-4");
+    // Long enough to be still there when it is needed.
+    first.press("/\x15steps\r\r\x15100000\r");
+    first.see("100,000");
+    first.press("s");
+    first.see("running");
+    first.see("smooth");
+    first.signal("-KILL");
+    first.end();
+
+    let listed = tune(home.path(), &["runs"]);
+    assert!(listed.contains("training"), "{listed}");
+    let mut second = Workbench::open(home.path(), &["attach", "@last"]);
+    second.see("running");
+    second.press("p");
+    second.see("paused");
+    second.press("p");
+    second.see("goes on");
+    second.press("r\x155e-5\r");
+    second.see("train.learning_rate from 0.0002 to 0.00005");
+    second.press("s");
+    second.see("checkpoint");
+    second.press("x");
+    second.see("Save a checkpoint and stop the run?");
+    second.press("y");
+    second.see("stopped");
+    second.press("\r");
+    second.see("Result");
+    second.press("cWhat is tune?\r");
+    second.see("you:");
+    let end = Instant::now() + PATIENCE;
+    // Both answers are whole when another question is taken.
+    while !second.screen().contains("▸ Again?") {
+        assert!(Instant::now() < end, "{}", second.screen());
+        second.press("\x15Again?\r");
+        while let Ok(bytes) = second.output.recv_timeout(Duration::from_millis(300)) {
+            second.take(bytes);
+        }
+    }
+    second.press("\x1b");
+    second.see("held-out loss");
+    second.press("e\x15exported\r");
+    second.see("copied to exported");
+    assert!(home.path().join("exported/adapter_config.json").is_file());
+    second.press("q");
+    second.end();
+    assert!(second.is_restored());
+}
+
+#[test]
+fn a_signal_that_can_be_caught_restores_the_terminal() {
+    for signal in ["-TERM", "-HUP"] {
+        let home = tempfile::tempdir().unwrap();
+        let mut workbench = Workbench::open(home.path(), &[]);
+        workbench.see("demo");
+        assert!(!workbench.is_restored());
+        workbench.signal(signal);
+        workbench.end();
+        assert!(workbench.is_restored(), "{signal}");
+    }
+}
+
+#[test]
+fn a_wrong_keymap_is_named_before_the_terminal_is_taken() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::write(home.path().join("keymap.toml"), "[train]\nfly = \"x\"\n").unwrap();
+    let mut workbench = Workbench::open(home.path(), &[]);
+    workbench.end();
+    assert!(workbench.screen().contains("no command \"fly\""), "{}", workbench.screen());
+    assert!(workbench.is_restored());
+}
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A server that speaks as much of the hub's protocol as search and download need; gives its address and the paths
+/// asked for.
+fn hub_server(folder: std::path::PathBuf) -> (String, Receiver<String>) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let (sender, asked) = channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (folder, sender) = (folder.clone(), sender.clone());
+            std::thread::spawn(move || serve(stream, &folder, &sender));
+        }
+    });
+    (address, asked)
+}
+
+fn serve(mut stream: std::net::TcpStream, folder: &Path, asked: &std::sync::mpsc::Sender<String>) -> Option<()> {
+    use std::io::{BufRead, BufReader};
+    let mut reader = BufReader::new(stream.try_clone().ok()?);
+    let mut request = String::new();
+    reader.read_line(&mut request).ok()?;
+    let mut header = String::new();
+    while reader.read_line(&mut header).ok()? > 2 {
+        header.clear();
+    }
+    let (method, path) = request.trim_end().rsplit_once(' ')?.0.split_once(' ')?;
+    let _ = asked.send(format!("{method} {path}"));
+    let json = |text: String| ("application/json", text.into_bytes());
+    let found = match path.split('?').next()? {
+        "/api/models" => Some(json(
+            r#"[{"id":"tiny/llama","downloads":4321,"tags":["license:mit"],"config":{"model_type":"llama"},
+                "safetensors":{"parameters":{"F32":100000},"total":100000}}]"#
+                .into(),
+        )),
+        "/api/models/tiny/llama/revision/main" => Some(json(format!(r#"{{"id":"tiny/llama","sha":"{COMMIT}"}}"#))),
+        path if path == format!("/api/models/tiny/llama/tree/{COMMIT}") => {
+            let files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| {
+                let (name, size) = (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().len());
+                format!(r#"{{"type":"file","path":"{name}","size":{size},"oid":"{name}"}}"#)
+            });
+            Some(json(format!("[{}]", files.collect::<Vec<_>>().join(","))))
+        }
+        path => path
+            .strip_prefix(&format!("/tiny/llama/resolve/{COMMIT}/"))
+            .and_then(|name| std::fs::read(folder.join(name)).ok())
+            .map(|bytes| ("application/octet-stream", bytes)),
+    };
+    let (status, (kind, body)) = match found {
+        Some(found) => ("200 OK", found),
+        None => ("404 Not Found", ("text/plain", b"no".to_vec())),
+    };
+    let etag = path.replace(|c: char| !c.is_ascii_alphanumeric(), "");
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: \
+         {COMMIT}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).ok()?;
+    if method != "HEAD" {
+        stream.write_all(&body).ok()?;
+    }
+    Some(())
+}
+
+#[test]
+fn a_model_of_the_hub_is_found_fetched_and_chosen() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny/llama");
+    let (address, asked) = hub_server(fixture);
+    let home = tempfile::tempdir().unwrap();
+    let mut workbench = Workbench::open_in(home.path(), &[], &[("HF_ENDPOINT", &address)]);
+    workbench.see("fits");
+    workbench.press("h");
+    workbench.see("search the hub");
+    workbench.press("llama\r");
+    workbench.see("tiny/llama");
+    workbench.see("4,321");
+    workbench.press("\r");
+    workbench.see("tiny/llama is here");
+    let snapshot = home.path().join("hub/models--tiny--llama/snapshots").join(COMMIT);
+    assert!(snapshot.join("config.json").is_file() && snapshot.join("tokenizer.json").is_file());
+    workbench.press("1");
+    workbench.see("cache");
+    let asked: Vec<String> = asked.try_iter().collect();
+    assert!(asked.iter().any(|line| line.starts_with("GET /api/models?search=llama")), "{asked:?}");
+    assert!(!asked.iter().any(|line| line.contains("golden.json")), "only what training needs: {asked:?}");
+}
+
+#[test]
+fn offline_the_hub_is_not_asked() {
+    let (address, asked) = hub_server(std::env::temp_dir());
+    let home = tempfile::tempdir().unwrap();
+    let environment = [("HF_ENDPOINT", address.as_str()), ("HF_HUB_OFFLINE", "1")];
+    let mut workbench = Workbench::open_in(home.path(), &[], &environment);
+    workbench.see("fits");
+    workbench.press("hllama\r");
+    workbench.see("HF_HUB_OFFLINE is set");
+    assert_eq!(asked.try_iter().count(), 0);
+}
