@@ -22,5 +22,3 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     parameter_put(i, x - step * m / (sqrt(v) / correction + p.epsilon));
   }
 }
-
-fn norm_get(0u) -> f32 { return norm_get(0u); }

@@ -158,8 +158,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let lowest_d = lowest_key(at_d);
     let lse = vec2<f32>(log_sum_exp_get(at_c * p.heads + head), log_sum_exp_get(at_d * p.heads + head));
     let mean = vec2<f32>(delta_get(at_c * p.heads + head), delta_get(at_d * p.heads + head));
-    let seen = vec4<bool>(row >= lowest_c && row <= query_c && query_c < p.tokens, row >= lowest_d && row <= query_d && query_d < p.tokens,
-                          row + 1u >= lowest_c && row + 1u <= query_c && query_c < p.tokens, row + 1u >= lowest_d && row + 1u <= query_d && query_d < p.tokens);
+    let seen = vec4<bool>(row >= lowest_c && row <= query_c && (query_c < p.tokens), row >= lowest_d && row <= query_d && (query_d < p.tokens),
+                          row + 1u >= lowest_c && row + 1u <= query_c && (query_c < p.tokens), row + 1u >= lowest_d && row + 1u <= query_d && (query_d < p.tokens));
     let probability = select(vec4<f32>(), exp(s - lse.xyxy), seen);
     workgroupBarrier();
     score[y * 66u + x] = probability.x;

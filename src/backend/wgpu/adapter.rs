@@ -94,6 +94,8 @@ fn enumerate() -> Vec<wgpu::Adapter> {
 fn has_cooperative(adapter: &wgpu::Adapter) -> bool {
     adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
         && adapter.features().contains(wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP)
+        // The kernels count on subgroups of 32.
+        && (adapter.get_info().subgroup_min_size, adapter.get_info().subgroup_max_size) == (32, 32)
         && adapter.cooperative_matrix_properties().iter().any(|shape| {
             (shape.m_size, shape.n_size, shape.k_size) == (16, 16, 16)
                 && shape.ab_type == wgpu::CooperativeScalarType::F16

@@ -77,6 +77,7 @@ impl WgpuSession {
             f16: gpu.f16,
             cooperative: gpu.cooperative,
             binding: binding_limit(&gpu.limits),
+            workgroup_bytes: gpu.limits.max_compute_workgroup_storage_size,
             workgroups: if gpu.info.device_type == wgpu::DeviceType::Cpu { 4 } else { 256 },
         };
         let largest = SLAB_BYTES.min(facts.binding).min(gpu.limits.max_buffer_size);

@@ -26,6 +26,7 @@ pub struct Facts {
     pub cooperative: bool,
     /// Largest binding, bytes.
     pub binding: u64,
+    pub workgroup_bytes: u32,
     /// Workgroups that keep the device busy.
     pub workgroups: u32,
 }

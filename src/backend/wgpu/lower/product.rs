@@ -106,17 +106,71 @@ impl Product {
             dropout: None,
         }
     }
+
+    /// Whether A's rows, as stored, can be read four elements at a time.
+    fn a_by_fours(&self) -> bool {
+        let along = if self.layout == Layout::TN { self.m } else { self.k };
+        self.a.by_fours() && along.is_multiple_of(4)
+    }
+
+    fn b_by_fours(&self) -> bool {
+        let along = if self.layout == Layout::NT { self.k } else { self.n };
+        self.b.by_fours() && along.is_multiple_of(4)
+    }
 }
 
-/// A workgroup's tile.
+/// A workgroup's tile, and how its threads or subgroups share it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tile {
     bm: usize,
     bn: usize,
     bk: usize,
+    share: Share,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Share {
     /// A thread's part of the tile, in fours.
-    tm4: usize,
-    tn4: usize,
+    Threads { tm4: usize, tn4: usize },
+    /// Subgroups down and across, on cooperative matrices.
+    Subgroups { down: usize, across: usize },
+}
+
+const fn threads(bm: usize, bn: usize, bk: usize, tm4: usize, tn4: usize) -> Tile {
+    Tile { bm, bn, bk, share: Share::Threads { tm4, tn4 } }
+}
+
+const fn subgroups(bm: usize, bn: usize, bk: usize, down: usize, across: usize) -> Tile {
+    Tile { bm, bn, bk, share: Share::Subgroups { down, across } }
+}
+
+impl Tile {
+    fn constants(&self, call: &mut Call) {
+        let Tile { bm, bn, bk, .. } = *self;
+        call.constant("BM", bm as u32).constant("BN", bn as u32).constant("BK", bk as u32);
+        match self.share {
+            Share::Threads { tm4, tn4 } => {
+                call.constant("TM4", tm4 as u32).constant("TN4", tn4 as u32);
+            }
+            Share::Subgroups { down, across } => {
+                let threads = down * across * 32;
+                call.constant("HALF", 1).constant("COOPERATIVE", 1);
+                call.constant("SM", down as u32).constant("SN", across as u32);
+                call.constant("FM", (bm / down / 16) as u32).constant("FN", (bn / across / 16) as u32);
+                call.constant("K_FRAGMENTS", (bk / 16) as u32);
+                call.constant("A_LOADS", (bm * bk / 4 / threads) as u32);
+                call.constant("B_LOADS", (bn * bk / 4 / threads) as u32);
+            }
+        }
+    }
+
+    fn is_cooperative(&self) -> bool {
+        matches!(self.share, Share::Subgroups { .. })
+    }
+
+    fn count(&self, product: &Product) -> usize {
+        product.m.div_ceil(self.bm) * product.n.div_ceil(self.bn)
+    }
 }
 
 impl Lowering<'_> {
@@ -125,7 +179,7 @@ impl Lowering<'_> {
             return Ok(());
         }
         let tile = self.tile(product);
-        let tiles = product.m.div_ceil(tile.bm) * product.n.div_ceil(tile.bn);
+        let tiles = tile.count(product);
         let steps = product.k.div_ceil(tile.bk);
         let wanted = self.facts.workgroups as usize;
         let splittable = product.second.is_none()
@@ -141,15 +195,16 @@ impl Lowering<'_> {
         let split_steps = steps.div_ceil(splits);
         let splits = steps.div_ceil(split_steps.max(1)).max(1);
         let c = if splits > 1 { self.scratch(splits * product.m * product.n) } else { product.c };
-        let mut call = self.call("matmul");
-        call.constant("BM", tile.bm as u32).constant("BN", tile.bn as u32).constant("BK", tile.bk as u32);
-        call.constant("TM4", tile.tm4 as u32).constant("TN4", tile.tn4 as u32);
+        let mut call = self.call(if tile.is_cooperative() { "matmul_cooperative" } else { "matmul" });
+        tile.constants(&mut call);
         call.flag("A_BY_K", product.layout != Layout::TN).flag("B_BY_K", product.layout == Layout::NT);
         call.flag("EXACT", product.k.is_multiple_of(tile.bk)).flag("SPLIT", splits > 1);
-        let vector_a = self.operand(&mut call, "a", &product.a, if product.layout == Layout::TN { product.m } else { product.k });
-        let vector_b = self.operand(&mut call, "b", &product.b, if product.layout == Layout::NT { product.k } else { product.n });
+        let vector_a = product.a_by_fours();
+        let vector_b = product.b_by_fours();
         let vector_c = product.n.is_multiple_of(4)
             && (splits > 1 || (c.by_fours() && product.bias.is_none_or(|bias| bias.elements().is_multiple_of(4))));
+        self.bind_as(&mut call, "a", &product.a, vector_a);
+        self.bind_as(&mut call, "b", &product.b, vector_b);
         call.flag("VECTOR_A", vector_a).flag("VECTOR_B", vector_b).flag("VECTOR_C", vector_c);
         self.bind_as(&mut call, "c", &c, vector_c);
         call.number("m", product.m).number("n", product.n).number("k", product.k);
@@ -159,8 +214,8 @@ impl Lowering<'_> {
         call.number("split_steps", split_steps);
         if let Some(second) = &product.second {
             call.constant("SECOND", 1);
-            self.bind(&mut call, "a2", &second.a);
-            self.bind(&mut call, "b2", &second.b);
+            self.bind_as(&mut call, "a2", &second.a, tile.is_cooperative());
+            self.bind_as(&mut call, "b2", &second.b, tile.is_cooperative());
             if let Some(scale) = &second.scale {
                 call.constant("SCALE_SECOND", 1);
                 self.bind(&mut call, "scale", scale);
@@ -179,8 +234,8 @@ impl Lowering<'_> {
             self.bind_as(&mut call, "bias", bias, vector_c);
         }
         if let Some((site, dropout)) = &product.dropout {
-            call.constant("DROPOUT", 1);
-            call.flag("DROP_A", *site == DropSite::A).flag("DROP_B", *site == DropSite::B).flag("DROP_C", *site == DropSite::C);
+            call.constant("DROPOUT", 1).flag("DROP_A", *site == DropSite::A);
+            call.flag("DROP_B", *site == DropSite::B).flag("DROP_C", *site == DropSite::C);
             self.bind(&mut call, "key", &self.view(dropout.key));
             call.number("stream", dropout.stream as usize).float("probability", dropout.probability);
             call.float("keep_scale", 1.0 / (1.0 - dropout.probability));
@@ -197,13 +252,6 @@ impl Lowering<'_> {
             self.partial_sum(&c, splits, &target, &product.scaling, product.accumulate)?;
         }
         Ok(())
-    }
-
-    /// Binds an operand by fours where its rows and the extent that runs along them allow.
-    fn operand(&self, call: &mut Call, name: &'static str, view: &View, along: usize) -> bool {
-        let vector = view.by_fours() && along.is_multiple_of(4);
-        self.bind_as(call, name, view, vector);
-        vector
     }
 
     fn bind_scaling(&self, call: &mut Call, scaling: &Scaling) -> f32 {
@@ -234,19 +282,65 @@ impl Lowering<'_> {
     }
 
     fn tile(&self, product: &Product) -> Tile {
+        if self.is_cooperative(product) {
+            return self.cooperative_tile(product);
+        }
         if product.n <= 16 {
-            Tile { bm: 64, bn: 16, bk: 32, tm4: 1, tn4: 1 }
+            threads(64, 16, 32, 1, 1)
         } else if product.m <= 16 {
-            Tile { bm: 16, bn: 64, bk: 32, tm4: 1, tn4: 1 }
-        } else if product.segments.is_some() || product.m <= 64 || product.n <= 64 || self.small(product) {
-            Tile { bm: 64, bn: 64, bk: 16, tm4: 2, tn4: 2 }
+            threads(16, 64, 32, 1, 1)
+        } else if product.segments.is_some() || product.m <= 64 || product.n <= 64 || self.is_small(product) {
+            threads(64, 64, 16, 2, 2)
         } else {
-            Tile { bm: 128, bn: 128, bk: 16, tm4: 2, tn4: 2 }
+            threads(128, 128, 16, 2, 2)
         }
     }
 
     /// Too small to fill the device with large tiles.
-    fn small(&self, product: &Product) -> bool {
+    fn is_small(&self, product: &Product) -> bool {
         product.m.div_ceil(128) * product.n.div_ceil(128) < self.facts.workgroups as usize
+    }
+
+    /// Whether the product can run on cooperative matrices: f16 activations, everything in fours, no dropout.
+    fn is_cooperative(&self, product: &Product) -> bool {
+        let second = product.second.is_none_or(|second| {
+            second.k.is_multiple_of(4)
+                && second.a.by_fours()
+                && second.b.by_fours()
+                && (product.layout == Layout::NT || product.n.is_multiple_of(4))
+        });
+        self.facts.cooperative
+            && product.a.dtype == DType::F16
+            && product.dropout.is_none()
+            && product.m >= 16
+            && product.n >= 4
+            && product.a_by_fours()
+            && product.b_by_fours()
+            && product.n.is_multiple_of(4)
+            && product.c.by_fours()
+            && product.bias.is_none_or(|bias| bias.elements().is_multiple_of(4))
+            && second
+    }
+
+    fn cooperative_tile(&self, product: &Product) -> Tile {
+        // Projections side by side start at multiples of a tile.
+        let aligned = product.segments.is_none_or(|segments| {
+            segments.starts.iter().all(|&start| start == u32::MAX as usize || start.is_multiple_of(128))
+        });
+        let large = subgroups(128, 128, 32, 2, 2);
+        if product.n <= 16 {
+            subgroups(if aligned { 128 } else { 64 }, 16, 32, if aligned { 4 } else { 2 }, 1)
+        } else if product.m <= 16 {
+            subgroups(16, 128, 32, 1, 4)
+        } else if aligned
+            && product.m > 64
+            && product.n > 64
+            && large.count(product) * 10 >= self.facts.workgroups as usize * 6
+            && self.facts.workgroup_bytes >= 46 << 10
+        {
+            large
+        } else {
+            subgroups(64, 64, 32, 2, 2)
+        }
     }
 }
