@@ -1,16 +1,19 @@
 //! The WGSL engine against the CPU engine: every operation of every program of the tiny models, one by one on the
 //! same inputs, on a software adapter (Mesa lavapipe), within core WebGPU and with the adapter's features.
 
+mod twin;
+
 use std::path::Path;
+use std::sync::Arc;
 
 use tune::backend::wgpu::Options;
-use tune::backend::{Session, cpu, wgpu};
+use tune::backend::{EngineError, Session, WeightSource, cpu, wgpu};
 use tune::model::{
     AdapterOptions, GenerationOptions, Method, Model, Recompute, TrainingOptions, generation_workload, names,
     training_workload,
 };
 use tune::program::plan::plan;
-use tune::program::{Access, BufferId, DType, Kind, Target, Workload, random};
+use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, random};
 
 const TOKENS: usize = 72;
 
@@ -154,6 +157,24 @@ fn compare(model: &Model, workload: impl Fn(&Target) -> Workload, options: &Opti
     let mut session =
         wgpu::open(plan(workload(&target), target).expect("a plan"), model.weights.clone(), options).expect("opens");
     check(&mut reference, &mut session, 1e-5);
+}
+
+fn check_twins(options: Options) {
+    let target = wgpu::target(&options).expect("a target");
+    let open = |plan: Plan, weights: Arc<dyn WeightSource>| -> Result<Box<dyn Session>, EngineError> {
+        Ok(Box::new(wgpu::open(plan, weights, &options)?))
+    };
+    twin::check_engine(&target, &open, "");
+}
+
+#[test]
+fn every_operation_agrees_with_its_twin_within_core_webgpu() {
+    check_twins(software(true));
+}
+
+#[test]
+fn every_operation_agrees_with_its_twin_in_f16() {
+    check_twins(Options { compute: Some(DType::F16), ..software(false) });
 }
 
 #[test]

@@ -3,12 +3,13 @@
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::backend::EngineError;
+use crate::backend::doctor::{Finding, Report};
 use crate::program::{DType, Rates, Target};
 
 pub(super) const ENGINE: &str = "wgpu";
 
 /// Which adapter to open and how.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Index in [`adapters`]; none takes the first that is hardware.
     pub adapter: Option<usize>,
@@ -125,6 +126,49 @@ pub fn adapters() -> Vec<AdapterReport> {
             }
         })
         .collect()
+}
+
+/// What `tune doctor` says of the engine.
+pub fn report() -> Report {
+    let adapters = adapters();
+    let findings: Vec<Finding> = adapters
+        .iter()
+        .map(|adapter| {
+            let gibibytes = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+            let abilities = [
+                (adapter.cooperative_matrices, "cooperative matrices"),
+                (adapter.f16, "f16"),
+                (adapter.subgroups, "subgroups"),
+            ];
+            let abilities: Vec<&str> = abilities.iter().filter(|entry| entry.0).map(|entry| entry.1).collect();
+            let detail = format!(
+                "{} ({}, {}), {}, bindings of {:.2} GiB, workgroups of {} KiB",
+                adapter.name,
+                adapter.backend,
+                adapter.driver.trim(),
+                if abilities.is_empty() { "core features".to_string() } else { abilities.join(", ") },
+                gibibytes(adapter.largest_binding),
+                adapter.workgroup_bytes >> 10,
+            );
+            let name = format!("wgpu:{}", adapter.index);
+            if adapter.software {
+                let detail = format!("{detail}; runs on the processor, only when named");
+                return Finding::absent(name, detail, "");
+            }
+            Finding::found(name, detail)
+        })
+        .collect();
+    let usable = adapters.iter().any(|adapter| !adapter.software);
+    if !findings.is_empty() {
+        return Report { engine: ENGINE, usable, findings };
+    }
+    let mend = if cfg!(target_os = "linux") {
+        "install the Vulkan loader and the card's Vulkan driver (Debian, Ubuntu: apt install libvulkan1 mesa-vulkan-drivers)"
+    } else {
+        "install the graphics driver"
+    };
+    let missing = Finding::missing("adapter", "no Vulkan, Metal or DX12 adapter", mend);
+    Report { engine: ENGINE, usable, findings: vec![missing] }
 }
 
 fn select(options: &Options) -> Result<wgpu::Adapter, EngineError> {

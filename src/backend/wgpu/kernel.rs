@@ -88,6 +88,7 @@ macro_rules! shaders {
 
 shaders!(
     "adamw",
+    "adamw_block8",
     "attention",
     "attention_backward_key_value",
     "attention_backward_query",

@@ -17,12 +17,13 @@ mod lower;
 mod quantized;
 mod session;
 mod storage;
+mod tables;
 mod template;
 mod upload;
 
 use std::sync::Arc;
 
-pub use adapter::{AdapterReport, Options, adapters, target};
+pub use adapter::{AdapterReport, Options, adapters, report, target};
 pub use session::WgpuSession;
 
 use super::{EngineError, WeightSource};

@@ -9,7 +9,7 @@ use super::adapter::{ENGINE, Gpu, Options, binding_limit};
 use super::kernel::Kernel;
 use super::lower::{Dispatch, Facts, Lowering};
 use super::storage::{Place, Storage};
-use super::upload;
+use super::{tables, upload};
 use crate::backend::{EngineError, Session, WeightSource};
 use crate::program::{BufferId, DType, Kind, Plan};
 
@@ -53,6 +53,7 @@ struct Memory {
     slabs: Vec<wgpu::Buffer>,
     scratch: Option<wgpu::Buffer>,
     unpacked: Option<wgpu::Buffer>,
+    tables: wgpu::Buffer,
 }
 
 impl Memory {
@@ -61,6 +62,7 @@ impl Memory {
             Place::Segment(index) => &self.segments[index],
             Place::Slab(index) => &self.slabs[index],
             Place::Scratch => self.scratch.as_ref().expect("allocated where a dispatch uses it"),
+            Place::Tables => &self.tables,
             Place::Unpacked => self.unpacked.as_ref().expect("allocated where a dispatch uses it"),
         }
     }
@@ -119,7 +121,11 @@ impl WgpuSession {
         let mut all = |name: &str, sizes: &[u64]| -> Result<Vec<wgpu::Buffer>, EngineError> {
             sizes.iter().enumerate().map(|(index, &size)| allocate(format!("{name} {index}"), size, usage)).collect()
         };
+        let values = tables::values();
+        let table = all("tables", &[4 * values.len() as u64])?.remove(0);
+        gpu.queue.write_buffer(&table, 0, bytemuck::cast_slice(&values));
         let memory = Memory {
+            tables: table,
             segments: all("arena segment", &storage.segments)?,
             slabs: all("slab", &storage.slabs)?,
             scratch: all("scratch", &[scratch])?.pop(),

@@ -18,6 +18,8 @@ pub enum Place {
     Scratch,
     /// A quantized weight, unpacked for the products that follow.
     Unpacked,
+    /// The values that codes of 8-bit optimizer states and of NF4 stand for.
+    Tables,
 }
 
 /// A block of columns of a row-major matrix in device memory.
@@ -139,7 +141,8 @@ impl Storage {
             let mut open = false;
             for index in members {
                 let view = &mut views[index];
-                let unit = if view.dtype.is_quantized() { 256 } else { 128 * view.dtype.bytes(&[1, 1]) };
+                let odd = view.dtype.is_quantized() || view.dtype == DType::Block8;
+                let unit = if odd { 256 } else { 128 * view.dtype.bytes(&[1, 1]) };
                 let bytes = slab_bytes(view).next_multiple_of(unit.max(256));
                 if !open || slabs.last().is_none_or(|&used: &u64| used + bytes > largest) {
                     slabs.push(0);
@@ -162,6 +165,7 @@ impl Storage {
         match place {
             Place::Slab(slab) => self.writable[slab],
             Place::Segment(_) | Place::Scratch | Place::Unpacked => true,
+            Place::Tables => false,
         }
     }
 }

@@ -206,6 +206,12 @@ impl<'a> Lowering<'a> {
         call.bindings.push((view.place, view.offset, view.bytes().next_multiple_of(unit)));
     }
 
+    /// Binds a buffer of codes as its words.
+    fn bind_words(&self, call: &mut Call, name: &'static str, view: &View) {
+        let words = view.dtype.bytes(&[view.rows, view.stride]).div_ceil(4) as usize;
+        self.bind(call, name, &View { dtype: DType::U32, rows: 1, stride: words, start: 0, width: words, ..*view });
+    }
+
     /// Binds what takes the f16 gradient scale out again, where gradients are f16; returns the factor beside it.
     fn bind_unscale(&self, call: &mut Call, gradient: DType) -> f32 {
         match self.gradient_scale {

@@ -4,7 +4,8 @@
 use super::Lowering;
 use crate::backend::EngineError;
 use crate::backend::wgpu::storage::View;
-use crate::program::{DType, Op};
+use crate::backend::wgpu::tables;
+use crate::program::{BufferId, DType, Op, block8};
 
 /// Slab entries start at multiples of this many elements.
 const UNIT: usize = 128;
@@ -58,8 +59,27 @@ impl Lowering<'_> {
                 self.launch(call, [1, 1, 1])
             }
             Op::AdamW { parts, norm, hyper, betas, epsilon, weight_decay, max_grad_norm, .. } => {
+                let eight_bit = |id: BufferId| self.view(id).dtype == DType::Block8;
+                for part in parts.iter().filter(|part| eight_bit(part.first_moment)) {
+                    let parameter = self.view(part.parameter).flat();
+                    let mut call = self.call("adamw_block8");
+                    self.bind(&mut call, "parameter", &parameter);
+                    self.bind(&mut call, "gradient", &self.view(part.gradient).flat());
+                    self.bind_words(&mut call, "first_moment", &self.view(part.first_moment));
+                    self.bind_words(&mut call, "second_moment", &self.view(part.second_moment));
+                    self.bind(&mut call, "norm", &self.view(*norm));
+                    self.bind(&mut call, "hyper", &self.view(*hyper));
+                    self.bind(&mut call, "table", &tables::view());
+                    call.number("count", parameter.stride).float("max_grad_norm", *max_grad_norm);
+                    call.float("beta1", betas[0]).float("beta2", betas[1]);
+                    call.float("epsilon", *epsilon).float("weight_decay", *weight_decay);
+                    let blocks = parameter.stride.div_ceil(block8::BLOCK);
+                    call.number("blocks", blocks);
+                    self.launch(call, [blocks.min(65535), blocks.div_ceil(65535), 1])?;
+                }
                 let views = parts
                     .iter()
+                    .filter(|part| !eight_bit(part.first_moment))
                     .map(|part| [part.parameter, part.gradient, part.first_moment, part.second_moment])
                     .map(|ids| ids.map(|id| self.view(id)))
                     .collect();
