@@ -46,7 +46,10 @@ pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
         _ if device.starts_with("wgpu:") => choose_wgpu(device, precision, "asked for"),
         _ => match device.strip_prefix("cuda:").map(str::parse) {
             Some(Ok(ordinal)) => cuda_on(ordinal, precision, "asked for".into()),
-            _ => unsupported("this build", format!("engine.device = {device:?}; it has auto, cpu, cuda, cuda:N, wgpu and wgpu:N")),
+            _ => unsupported(
+                "this build",
+                format!("engine.device = {device:?}; it has auto, cpu, cuda, cuda:N, wgpu and wgpu:N"),
+            ),
         },
     }
 }

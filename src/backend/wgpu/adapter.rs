@@ -1,7 +1,9 @@
 //! Adapters and the device opened on one: what the engine may use there, and how its errors reach the caller.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
+use super::kernel::Kernel;
 use crate::backend::EngineError;
 use crate::backend::doctor::{Finding, Report};
 use crate::program::{DType, Rates, Target};
@@ -26,14 +28,13 @@ impl Options {
     /// When either is none of these.
     pub fn parse(device: &str, precision: &str) -> Result<Options, EngineError> {
         let unsupported = |what: String| EngineError::Unsupported { engine: ENGINE, what };
-        let adapter = match device.split_once(':') {
-            None => None,
-            Some((_, number)) => Some(
-                number
-                    .parse()
-                    .map_err(|_| unsupported(format!("device {device}: write wgpu or wgpu:N, N from `tune doctor`")))?,
-            ),
-        };
+        let adapter =
+            match device.split_once(':') {
+                None => None,
+                Some((_, number)) => Some(number.parse().map_err(|_| {
+                    unsupported(format!("device {device}: write wgpu or wgpu:N, N from `tune doctor`"))
+                })?),
+            };
         let compute = match precision {
             "auto" => None,
             "f32" => Some(DType::F32),
@@ -79,9 +80,8 @@ fn instance() -> &'static wgpu::Instance {
 /// Adapters of this machine, discrete cards first and software last, in a stable order.
 fn enumerate() -> Vec<wgpu::Adapter> {
     let mut adapters = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::PRIMARY));
-    adapters.retain(|adapter| {
-        adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS)
-    });
+    adapters
+        .retain(|adapter| adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
     adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
         wgpu::DeviceType::DiscreteGpu => 0,
         wgpu::DeviceType::IntegratedGpu => 1,
@@ -248,9 +248,7 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
     let abilities = abilities(&adapter, options)?;
     let software = info.device_type == wgpu::DeviceType::Cpu;
     let rates = match (info.device_type, abilities.cooperative && abilities.compute == DType::F16) {
-        (wgpu::DeviceType::Cpu, _) => {
-            Rates { flops: 15e9, attention_flops: 5e9, bandwidth: 8e9, per_op: 5e-5 }
-        }
+        (wgpu::DeviceType::Cpu, _) => Rates { flops: 15e9, attention_flops: 5e9, bandwidth: 8e9, per_op: 5e-5 },
         (wgpu::DeviceType::DiscreteGpu, true) => {
             Rates { flops: 150e12, attention_flops: 50e12, bandwidth: 1.5e12, per_op: 1e-5 }
         }
@@ -268,7 +266,11 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
         alignment: 256,
         compute: abilities.compute,
         trainable: DType::F32,
-        micro_sizes: if software { vec![64, 128, 256, 512, 1024, 2048] } else { vec![256, 512, 1024, 2048, 4096, 8192] },
+        micro_sizes: if software {
+            vec![64, 128, 256, 512, 1024, 2048]
+        } else {
+            vec![256, 512, 1024, 2048, 4096, 8192]
+        },
         rates,
         library_workspace: 0,
         logits_bytes: largest.min(if software { 64 << 20 } else { 512 << 20 }),
@@ -288,7 +290,8 @@ impl Failure {
 
     /// The error, if there was one; it stays.
     pub fn check(&self) -> Result<(), EngineError> {
-        let slot = self.0.lock().map_err(|_| EngineError::Device { engine: ENGINE, what: "a thread panicked".into() })?;
+        let slot =
+            self.0.lock().map_err(|_| EngineError::Device { engine: ENGINE, what: "a thread panicked".into() })?;
         match slot.as_ref() {
             None => Ok(()),
             Some((true, what)) => Err(EngineError::OutOfMemory { engine: ENGINE, what: what.clone() }),
@@ -297,7 +300,13 @@ impl Failure {
     }
 }
 
-/// An open device.
+/// A compiled kernel.
+pub(super) struct Compiled {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+}
+
+/// An open device, with the kernels compiled so far. Sessions in one process share it.
 pub(super) struct Gpu {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
@@ -306,11 +315,27 @@ pub(super) struct Gpu {
     pub f16: bool,
     pub cooperative: bool,
     pub failure: Failure,
+    pub compiled: Mutex<HashMap<Kernel, Arc<Compiled>>>,
 }
 
+/// Devices that this process has opened and that have not failed.
+static OPEN: Mutex<Vec<(Options, Arc<Gpu>)>> = Mutex::new(Vec::new());
+
 impl Gpu {
-    /// Opens the device that `options` name.
-    pub fn open(options: &Options) -> Result<Gpu, EngineError> {
+    /// The device that `options` name: the one that is open already, as long as nothing went wrong on it.
+    pub fn shared(options: &Options) -> Result<Arc<Gpu>, EngineError> {
+        let poisoned = |_| EngineError::Device { engine: ENGINE, what: "a thread panicked".into() };
+        let mut open = OPEN.lock().map_err(poisoned)?;
+        open.retain(|(_, gpu)| gpu.failure.check().is_ok());
+        if let Some((_, gpu)) = open.iter().find(|(known, _)| known == options) {
+            return Ok(Arc::clone(gpu));
+        }
+        let gpu = Arc::new(Gpu::open(options)?);
+        open.push((*options, Arc::clone(&gpu)));
+        Ok(gpu)
+    }
+
+    fn open(options: &Options) -> Result<Gpu, EngineError> {
         let adapter = select(options)?;
         let Abilities { limits, features, f16, cooperative, .. } = abilities(&adapter, options)?;
         let experimental = if cooperative {
@@ -344,7 +369,8 @@ impl Gpu {
                 lost.set(false, format!("the device was lost: {message}"));
             }
         });
-        Ok(Gpu { device, queue, info: adapter.get_info(), limits, f16, cooperative, failure })
+        let (info, compiled) = (adapter.get_info(), Mutex::default());
+        Ok(Gpu { device, queue, info, limits, f16, cooperative, failure, compiled })
     }
 
     /// Waits for everything submitted so far.

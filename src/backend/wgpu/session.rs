@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::adapter::{ENGINE, Gpu, Options, binding_limit};
+use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
 use super::kernel::Kernel;
 use super::lower::{Dispatch, Facts, Lowering};
 use super::storage::{Place, Storage};
@@ -18,11 +18,6 @@ const SLAB_BYTES: u64 = 1 << 30;
 
 /// Uploads in flight are waited for after this many bytes: staging memory holds them until then.
 const UPLOAD_BYTES: u64 = 256 << 20;
-
-struct Compiled {
-    pipeline: wgpu::ComputePipeline,
-    layout: wgpu::BindGroupLayout,
-}
 
 struct Launch {
     kernel: usize,
@@ -38,10 +33,10 @@ struct Prepared {
 
 pub struct WgpuSession {
     plan: Plan,
-    gpu: Gpu,
+    gpu: Arc<Gpu>,
     storage: Storage,
     memory: Memory,
-    compiled: Vec<Compiled>,
+    compiled: Vec<Arc<Compiled>>,
     programs: Vec<Prepared>,
     staging: Option<wgpu::Buffer>,
     gradient_factor: Option<f32>,
@@ -74,7 +69,7 @@ impl WgpuSession {
     /// # Errors
     /// When the adapter is not there, the plan is beyond it, or memory runs out.
     pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, options: &Options) -> Result<WgpuSession, EngineError> {
-        let gpu = Gpu::open(options)?;
+        let gpu = Gpu::shared(options)?;
         let facts = Facts {
             f16: gpu.f16,
             cooperative: gpu.cooperative,
@@ -111,8 +106,11 @@ impl WgpuSession {
             match pollster::block_on(scope.pop()) {
                 None => Ok(buffer),
                 Some(_) => {
-                    let what = format!("{label} of {size} bytes, after {} others; use a smaller micro-batch, more \
-                         recomputation, or quantized weights", allocated - size);
+                    let what = format!(
+                        "{label} of {size} bytes, after {} others; use a smaller micro-batch, more \
+                         recomputation, or quantized weights",
+                        allocated - size
+                    );
                     Err(EngineError::OutOfMemory { engine: ENGINE, what })
                 }
             }
@@ -180,7 +178,8 @@ impl WgpuSession {
             let view = self.storage.view(BufferId(index as u32));
             let tensor = weights.tensor(&buffer.name)?;
             if tensor.shape != buffer.shape {
-                let what = format!("has shape {:?} in the checkpoint, the model wants {:?}", tensor.shape, buffer.shape);
+                let what =
+                    format!("has shape {:?} in the checkpoint, the model wants {:?}", tensor.shape, buffer.shape);
                 return Err(EngineError::Weight { name: buffer.name.clone(), what });
             }
             let bytes = upload::converted(&buffer.name, tensor.dtype, view.dtype, &buffer.shape, tensor.bytes)?;
@@ -278,7 +277,8 @@ impl Session for WgpuSession {
             let _ = sender.send(result);
         });
         self.gpu.wait()?;
-        let failed = |what: String| EngineError::Device { engine: ENGINE, what: format!("reading {}: {what}", entry.name) };
+        let failed =
+            |what: String| EngineError::Device { engine: ENGINE, what: format!("reading {}: {what}", entry.name) };
         receiver.recv().map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;
         {
             let mapped = slice.get_mapped_range().map_err(|error| failed(error.to_string()))?;
@@ -335,7 +335,11 @@ fn pack(dispatches: &[Dispatch]) -> (Vec<u8>, Vec<u64>) {
     (packed, offsets)
 }
 
-fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Compiled, EngineError> {
+fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Arc<Compiled>, EngineError> {
+    let known = gpu.compiled.lock().ok().and_then(|compiled| compiled.get(kernel).cloned());
+    if let Some(known) = known {
+        return Ok(known);
+    }
     let failed = |what: String| EngineError::Device { engine: ENGINE, what: format!("shader {}: {what}", kernel.file) };
     let source = kernel.wgsl().map_err(failed)?;
     let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -344,8 +348,7 @@ fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Compiled, EngineError> {
     // SAFETY: the shaders index their buffers within the extents that lowering passes beside them, which are those
     // of the bound ranges; token ids, rows and positions that come from data are clamped or compared in the shader.
     // Loops are bounded by those extents.
-    let module =
-        unsafe { gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) };
+    let module = unsafe { gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) };
     let entry = |binding: usize, ty: wgpu::BufferBindingType| wgpu::BindGroupLayoutEntry {
         binding: binding as u32,
         visibility: wgpu::ShaderStages::COMPUTE,
@@ -353,10 +356,13 @@ fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Compiled, EngineError> {
         count: None,
     };
     let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
-    entries.extend(kernel.bindings.iter().enumerate().map(|(index, binding)| {
-        entry(index + 1, wgpu::BufferBindingType::Storage { read_only: !binding.writable })
-    }));
-    let layout = gpu.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries });
+    entries.extend(
+        kernel.bindings.iter().enumerate().map(|(index, binding)| {
+            entry(index + 1, wgpu::BufferBindingType::Storage { read_only: !binding.writable })
+        }),
+    );
+    let layout =
+        gpu.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries });
     let pipeline_layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
         label: None,
         bind_group_layouts: &[Some(&layout)],
@@ -374,7 +380,13 @@ fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Compiled, EngineError> {
         cache: None,
     });
     match pollster::block_on(scope.pop()) {
-        None => Ok(Compiled { pipeline, layout }),
+        None => {
+            let compiled = Arc::new(Compiled { pipeline, layout });
+            if let Ok(mut known) = gpu.compiled.lock() {
+                known.insert(kernel.clone(), Arc::clone(&compiled));
+            }
+            Ok(compiled)
+        }
         Some(error) => Err(failed(error.to_string())),
     }
 }
@@ -396,5 +408,9 @@ fn bind_group(
         binding: index as u32 + 1,
         resource: binding(memory.buffer(place), offset, size),
     }));
-    gpu.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: &compiled.layout, entries: &entries })
+    gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
+        label: None,
+        layout: &compiled.layout,
+        entries: &entries,
+    })
 }

@@ -115,8 +115,7 @@ impl Storage {
                 Placement::Own => (Place::Scratch, 0),
             };
             let frozen = buffer.kind == Kind::Weight && !written[index];
-            let dtype =
-                if half_weights && frozen && buffer.dtype == DType::BF16 { DType::F16 } else { buffer.dtype };
+            let dtype = if half_weights && frozen && buffer.dtype == DType::BF16 { DType::F16 } else { buffer.dtype };
             let stride = buffer.columns();
             views.push(View { place, offset, dtype, rows: buffer.rows(), stride, start: 0, width: stride });
         }

@@ -52,8 +52,7 @@ fn emit(
             }
             ["if", condition] => {
                 let (otherwise, end) = block(lines, at)?;
-                let (name, negated) =
-                    condition.strip_prefix('!').map_or((*condition, false), |name| (name, true));
+                let (name, negated) = condition.strip_prefix('!').map_or((*condition, false), |name| (name, true));
                 let truth = constants.get(name).is_some_and(|&value| value != 0) != negated;
                 let body = match (truth, otherwise) {
                     (true, middle) => &lines[at + 1..middle.unwrap_or(end)],

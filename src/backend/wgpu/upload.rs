@@ -20,7 +20,12 @@ pub fn converted<'a>(
 ) -> Result<Cow<'a, [u8]>, EngineError> {
     let wrong = |what: String| EngineError::Weight { name: name.to_string(), what };
     if bytes.len() as u64 != from.bytes(shape) {
-        return Err(wrong(format!("has {} bytes, its shape {shape:?} of {} {}", bytes.len(), from.name(), from.bytes(shape))));
+        return Err(wrong(format!(
+            "has {} bytes, its shape {shape:?} of {} {}",
+            bytes.len(),
+            from.name(),
+            from.bytes(shape)
+        )));
     }
     if from == to {
         return Ok(Cow::Borrowed(bytes));

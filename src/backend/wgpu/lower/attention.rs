@@ -3,23 +3,31 @@
 use super::{Call, Lowering};
 use crate::backend::EngineError;
 use crate::backend::wgpu::storage::View;
-use crate::program::{AttentionShape, Op};
+use crate::program::{AttentionShape, DType, Op};
 
 /// Rows of a tile of queries or keys.
 const TILE: usize = 32;
+
+/// Rows of a tile on cooperative matrices.
+const WIDE: usize = 64;
 
 impl Lowering<'_> {
     pub(super) fn attention(&mut self, op: &Op) -> Result<(), EngineError> {
         match op {
             Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } => {
                 let (qkv, output) = (self.view(*qkv), self.view(*output));
-                let mut call = self.masked("attention", shape, &qkv);
+                let (tile, file) = if self.fits_fragments(shape, &qkv) {
+                    (WIDE, "attention_cooperative")
+                } else {
+                    (TILE, "attention")
+                };
+                let mut call = self.masked(file, shape, &qkv, tile);
                 let vector = by_fours(shape, &qkv);
                 self.bind_as(&mut call, "qkv", &qkv, vector);
                 self.bind(&mut call, "document_start", &self.view(*document_start));
                 self.bind_as(&mut call, "output", &output, vector);
                 self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
-                self.launch(call, [qkv.rows.div_ceil(TILE), shape.heads, 1])
+                self.launch(call, [qkv.rows.div_ceil(tile), shape.heads, 1])
             }
             Op::AttentionBackward {
                 grad_output,
@@ -42,20 +50,23 @@ impl Lowering<'_> {
                 call.number("count", count).number("head_dim", shape.head_dim);
                 self.launch(call, [count.div_ceil(64), 1, 1])?;
                 let vector = by_fours(shape, &qkv);
-                for file in ["attention_backward_query", "attention_backward_key_value"] {
-                    let mut call = self.masked(file, shape, &qkv);
+                let (tile, files) = if self.fits_fragments(shape, &qkv) {
+                    (WIDE, ["attention_backward_query_cooperative", "attention_backward_key_value_cooperative"])
+                } else {
+                    (TILE, ["attention_backward_query", "attention_backward_key_value"])
+                };
+                for (file, heads) in files.into_iter().zip([shape.heads, shape.kv_heads]) {
+                    let mut call = self.masked(file, shape, &qkv, tile);
                     self.bind_as(&mut call, "qkv", &qkv, vector);
                     self.bind_as(&mut call, "grad_output", &grad, vector);
                     self.bind(&mut call, "document_start", &self.view(*document_start));
                     self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
                     self.bind(&mut call, "delta", &delta);
                     self.bind_as(&mut call, "grad_qkv", &self.view(*grad_qkv), vector);
-                    let mut heads = shape.heads;
-                    if file == "attention_backward_key_value" {
+                    if file == files[1] {
                         self.bind(&mut call, "document_end", &self.view(*document_end));
-                        heads = shape.kv_heads;
                     }
-                    self.launch(call, [qkv.rows.div_ceil(TILE), heads, 1])?;
+                    self.launch(call, [qkv.rows.div_ceil(tile), heads, 1])?;
                 }
                 Ok(())
             }
@@ -85,9 +96,23 @@ impl Lowering<'_> {
         }
     }
 
-    fn masked(&self, file: &'static str, shape: &AttentionShape, qkv: &View) -> Call {
+    /// Whether attention can run on cooperative matrices: f16, whole tiles, rows of whole fragments.
+    fn fits_fragments(&self, shape: &AttentionShape, qkv: &View) -> bool {
+        self.facts.cooperative
+            && qkv.dtype == DType::F16
+            && matches!(shape.head_dim, 16 | 32 | 64 | 128)
+            && qkv.rows.is_multiple_of(WIDE)
+            && self.facts.workgroup_bytes >= 42 << 10
+    }
+
+    fn masked(&self, file: &'static str, shape: &AttentionShape, qkv: &View, tile: usize) -> Call {
         let mut call = self.call(file);
         options(&mut call, shape);
+        if tile == WIDE {
+            call.constant("HALF", 1).constant("COOPERATIVE", 1);
+            call.constant("FRAGMENTS", (shape.head_dim / 16) as u32).constant("LOADS", (shape.head_dim / 16) as u32);
+            call.number("tiles", qkv.rows / WIDE);
+        }
         call.flag("RAGGED", !shape.head_dim.is_multiple_of(4));
         call.number("tokens", qkv.rows).number("stride", qkv.stride).number("heads", shape.heads);
         call.number("key_start", shape.query_columns());

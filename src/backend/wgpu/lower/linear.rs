@@ -66,7 +66,13 @@ impl Run {
             && self.starts.len() < 3
             && !self.weight.dtype.is_quantized();
         let tiled = self.output.width.is_multiple_of(MERGE_COLUMNS) && next.output.width.is_multiple_of(MERGE_COLUMNS);
-        if !(bias && lora && fits && tiled && self.weight.is_followed_by(&next.weight) && beside(&self.output, &next.output)) {
+        if !(bias
+            && lora
+            && fits
+            && tiled
+            && self.weight.is_followed_by(&next.weight)
+            && beside(&self.output, &next.output))
+        {
             return false;
         }
         self.starts.push(self.output.width);
@@ -249,8 +255,7 @@ impl Lowering<'_> {
         for projection in members {
             let Some(own) = &projection.lora else { continue };
             let grad_output = self.columns(&projection.grad_output);
-            let mut product =
-                Product::new(Layout::NN, grad_output, self.view(own.b), self.columns(&own.grad_middle));
+            let mut product = Product::new(Layout::NN, grad_output, self.view(own.b), self.columns(&own.grad_middle));
             product.scaling = Scaling::by(lora.scale);
             self.product(&product)?;
             let own = (self.view(own.grad_a), self.view(own.grad_b), self.columns(&own.middle), grad_output);

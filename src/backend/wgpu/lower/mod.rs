@@ -78,19 +78,7 @@ pub struct Call {
 
 impl<'a> Lowering<'a> {
     pub fn new(plan: &'a Plan, storage: &'a Storage, facts: Facts) -> Lowering<'a> {
-        let gradient_scale = plan
-            .workload
-            .programs
-            .iter()
-            .flat_map(|program| &program.steps)
-            .find_map(|step| match &step.op {
-                Op::LinearCrossEntropy { scale, grad_input: Some(grad), .. }
-                    if plan.workload.buffer(*grad).dtype == DType::F16 =>
-                {
-                    Some(*scale)
-                }
-                _ => None,
-            })
+        let gradient_scale = loss_scale_of_half_gradients(plan)
             .map(|scale| GradientScale { factor: HALF_GRADIENT_FACTOR, loss_scale: storage.view(scale) });
         Lowering {
             plan,
@@ -223,6 +211,23 @@ impl<'a> Lowering<'a> {
             _ => 1.0,
         }
     }
+}
+
+/// The loss scale of a plan whose gradients of activations are f16. A loss whose gradient goes nowhere is given as
+/// it is.
+fn loss_scale_of_half_gradients(plan: &Plan) -> Option<BufferId> {
+    let ops = || plan.workload.programs.iter().flat_map(|program| program.steps.iter().map(|step| &step.op));
+    let goes_on = ops()
+        .any(|op| matches!(op, Op::LinearBackward { .. } | Op::RmsNormBackward { .. } | Op::EmbeddingBackward { .. }));
+    let scale = ops().find_map(|op| match op {
+        Op::LinearCrossEntropy { scale, grad_input: Some(grad), .. }
+            if plan.workload.buffer(*grad).dtype == DType::F16 =>
+        {
+            Some(*scale)
+        }
+        _ => None,
+    });
+    scale.filter(|_| goes_on)
 }
 
 impl Call {

@@ -59,7 +59,8 @@ impl Lowering<'_> {
                 self.launch(call, [1, 1, 1])
             }
             Op::AdamW { parts, norm, hyper, betas, epsilon, weight_decay, max_grad_norm, .. } => {
-                let eight_bit = |id: BufferId| self.view(id).dtype == DType::Block8;
+                let plan = self.plan;
+                let eight_bit = |id: BufferId| plan.workload.buffer(id).dtype == DType::Block8;
                 for part in parts.iter().filter(|part| eight_bit(part.first_moment)) {
                     let parameter = self.view(part.parameter).flat();
                     let mut call = self.call("adamw_block8");
