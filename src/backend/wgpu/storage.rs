@@ -160,6 +160,12 @@ impl Storage {
         self.views[id.index()]
     }
 
+    /// Rows and columns of the tensor that starts where the view does.
+    pub fn whole(&self, view: &View) -> (usize, usize) {
+        let tensor = self.views.iter().find(|known| (known.place, known.offset) == (view.place, view.offset));
+        tensor.map_or((view.rows, view.stride), |tensor| (tensor.rows, tensor.stride))
+    }
+
     pub fn is_writable(&self, place: Place) -> bool {
         match place {
             Place::Slab(slab) => self.writable[slab],

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use half::{bf16, f16};
 
+use super::quantized;
 use crate::backend::EngineError;
 use crate::program::DType;
 
@@ -45,6 +46,10 @@ pub fn converted<'a>(
             values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect()
         }
         DType::BF16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
+        DType::Nf4 | DType::Int8 | DType::Fp8 => {
+            let rows = shape.first().copied().unwrap_or(1);
+            quantized::quantize(name, to, &values, rows, shape.iter().skip(1).product())?
+        }
         _ => return Err(wrong(format!("is {} and cannot become {}", from.name(), to.name()))),
     };
     Ok(Cow::Owned(converted))

@@ -141,7 +141,21 @@ impl<'a> Lowering<'a> {
         view
     }
 
-    fn call(&self, file: &'static str) -> Call {
+    /// Rows and columns of the tensor that a view is part of.
+    pub(super) fn whole(&self, view: &View) -> (usize, usize) {
+        self.storage.whole(view)
+    }
+
+    /// The type to which quantized weights are unpacked.
+    pub(super) fn unpacked_type(&self) -> DType {
+        if self.facts.f16 && self.plan.target.compute == DType::F16 { DType::F16 } else { DType::F32 }
+    }
+
+    pub(super) fn reserve_unpacked(&mut self, view: &View) {
+        self.unpacked = self.unpacked.max(view.bytes().next_multiple_of(256));
+    }
+
+    pub(super) fn call(&self, file: &'static str) -> Call {
         Call {
             kernel: Kernel { file, constants: BTreeMap::new(), bindings: Vec::new(), parameters: Vec::new() },
             bindings: Vec::new(),
@@ -150,7 +164,7 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    fn launch(&mut self, call: Call, grid: [usize; 3]) -> Result<(), EngineError> {
+    pub(super) fn launch(&mut self, call: Call, grid: [usize; 3]) -> Result<(), EngineError> {
         let unsupported = |what: String| EngineError::Unsupported { engine: super::adapter::ENGINE, what };
         let file = call.kernel.file;
         if let Some(dtype) = call.missing {
@@ -179,7 +193,7 @@ impl<'a> Lowering<'a> {
     }
 
     /// Binds a buffer element by element.
-    fn bind(&self, call: &mut Call, name: &'static str, view: &View) {
+    pub(super) fn bind(&self, call: &mut Call, name: &'static str, view: &View) {
         self.bind_as(call, name, view, false);
     }
 
@@ -231,7 +245,7 @@ fn loss_scale_of_half_gradients(plan: &Plan) -> Option<BufferId> {
 }
 
 impl Call {
-    fn constant(&mut self, name: &'static str, value: u32) -> &mut Self {
+    pub(super) fn constant(&mut self, name: &'static str, value: u32) -> &mut Self {
         self.kernel.constants.insert(name, value);
         self
     }
@@ -243,7 +257,7 @@ impl Call {
         self
     }
 
-    fn number(&mut self, name: &'static str, value: usize) -> &mut Self {
+    pub(super) fn number(&mut self, name: &'static str, value: usize) -> &mut Self {
         self.parameter(name, Value::U32(value as u32))
     }
 

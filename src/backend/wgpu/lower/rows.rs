@@ -129,16 +129,21 @@ impl Lowering<'_> {
         (call, narrow.stride.div_ceil(256 * width))
     }
 
-    /// Parts of a table that fit a binding, each with its first row.
+    /// Parts of a table that fit a binding, each with its first row; of a quantized one, once they are unpacked.
     pub(super) fn parts(&self, table: &View) -> Vec<(usize, View)> {
-        let row = (table.bytes() / table.rows.max(1) as u64).max(1);
-        if table.bytes() <= self.facts.binding {
+        let quantized = table.dtype.is_quantized();
+        let dtype = if quantized { self.unpacked_type() } else { table.dtype };
+        let row = dtype.bytes(&[1, table.stride]).max(1);
+        if row * table.rows as u64 <= self.facts.binding {
             return vec![(0, *table)];
         }
         let rows = ((self.facts.binding / row) as usize / 128 * 128).max(128);
         (0..table.rows)
             .step_by(rows)
-            .map(|first| (first, table.slice_rows(first, rows.min(table.rows - first))))
+            .map(|first| {
+                let count = rows.min(table.rows - first);
+                (first, if quantized { table.skip_rows(first, count) } else { table.slice_rows(first, count) })
+            })
             .collect()
     }
 
