@@ -70,12 +70,14 @@ impl WgpuSession {
     /// When the adapter is not there, the plan is beyond it, or memory runs out.
     pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, options: &Options) -> Result<WgpuSession, EngineError> {
         let gpu = Gpu::shared(options)?;
+        let software = gpu.info.device_type == wgpu::DeviceType::Cpu;
         let facts = Facts {
+            software,
             f16: gpu.f16,
             cooperative: gpu.cooperative,
             binding: binding_limit(&gpu.limits),
             workgroup_bytes: gpu.limits.max_compute_workgroup_storage_size,
-            workgroups: if gpu.info.device_type == wgpu::DeviceType::Cpu { 4 } else { 256 },
+            workgroups: if software { 4 } else { 256 },
         };
         let largest = SLAB_BYTES.min(facts.binding).min(gpu.limits.max_buffer_size);
         let storage = Storage::new(&plan, largest, facts.f16 && plan.target.compute == DType::F16);

@@ -27,6 +27,8 @@ pub struct Facts {
     /// Largest binding, bytes.
     pub binding: u64,
     pub workgroup_bytes: u32,
+    /// The adapter runs on the processor.
+    pub software: bool,
     /// Workgroups that keep the device busy.
     pub workgroups: u32,
 }

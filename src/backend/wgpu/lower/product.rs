@@ -289,6 +289,10 @@ impl Lowering<'_> {
             threads(64, 16, 32, 1, 1)
         } else if product.m <= 16 {
             threads(16, 64, 32, 1, 1)
+        } else if self.facts.software {
+            // What vectors of a processor like: 1.5 times the small thread tiles under lavapipe.
+            let large = product.segments.is_none() && product.m > 64 && product.n > 64;
+            if large { threads(128, 128, 16, 4, 4) } else { threads(64, 64, 16, 4, 4) }
         } else if product.segments.is_some() || product.m <= 64 || product.n <= 64 || self.is_small(product) {
             threads(64, 64, 16, 2, 2)
         } else {
