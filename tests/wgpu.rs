@@ -139,7 +139,7 @@ fn check(reference: &mut dyn Session, session: &mut dyn Session, tolerance: f64)
                 let norm = want.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
                 let difference = want.iter().zip(got).map(|(&x, &y)| f64::from(x - y).powi(2)).sum::<f64>().sqrt();
                 let error = difference / (norm + 1e-12);
-                if !(error <= tolerance) {
+                if error.is_nan() || error > tolerance {
                     worst.push((error, format!("{}: {} ({}): {}", entry.name, step.name, step.op.name(), buffer.name)));
                 }
             }
