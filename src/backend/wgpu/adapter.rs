@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
+use super::cache;
 use super::kernel::Kernel;
 use crate::backend::EngineError;
 use crate::backend::doctor::{Finding, Report};
@@ -218,6 +219,10 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> Result<Abilities, En
             features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         }
     }
+    if adapter.get_info().device_type == wgpu::DeviceType::Cpu {
+        // A software adapter is for tests: it leaves nothing behind.
+        features -= wgpu::Features::PIPELINE_CACHE;
+    }
     let compute = match options.compute {
         None if cooperative => DType::F16,
         None => DType::F32,
@@ -316,6 +321,8 @@ pub(super) struct Gpu {
     pub cooperative: bool,
     pub failure: Failure,
     pub compiled: Mutex<HashMap<Kernel, Arc<Compiled>>>,
+    /// The driver's compiled pipelines, kept from run to run.
+    pub cache: Option<wgpu::PipelineCache>,
 }
 
 /// Devices that this process has opened and that have not failed.
@@ -370,7 +377,21 @@ impl Gpu {
             }
         });
         let (info, compiled) = (adapter.get_info(), Mutex::default());
-        Ok(Gpu { device, queue, info, limits, f16, cooperative, failure, compiled })
+        let cache = features.contains(wgpu::Features::PIPELINE_CACHE).then(|| {
+            let data = cache::load(&info);
+            let descriptor = wgpu::PipelineCacheDescriptor { label: None, data: data.as_deref(), fallback: true };
+            // SAFETY: the data is what `get_data` gave on this adapter and driver: the file is named for both, lies in
+            // the user's private folder, and agrees with its checksum.
+            unsafe { device.create_pipeline_cache(&descriptor) }
+        });
+        Ok(Gpu { device, queue, info, limits, f16, cooperative, failure, compiled, cache })
+    }
+
+    /// Writes the pipeline cache.
+    pub fn keep_pipelines(&self) {
+        if let Some(data) = self.cache.as_ref().and_then(wgpu::PipelineCache::get_data) {
+            cache::save(&self.info, &data);
+        }
     }
 
     /// Waits for everything submitted so far.

@@ -12,6 +12,7 @@
 //! The shaders are in `shaders/`, one file an operation, each with its formula.
 
 mod adapter;
+mod cache;
 mod kernel;
 mod lower;
 mod quantized;

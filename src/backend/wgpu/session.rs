@@ -135,8 +135,12 @@ impl WgpuSession {
         let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
         let parameters = allocate("parameters".into(), packed.len() as u64, uniform)?;
         gpu.queue.write_buffer(&parameters, 0, &packed);
+        let before = gpu.compiled.lock().map_or(0, |compiled| compiled.len());
         let compiled = kernels.par_iter().map(|kernel| compile(&gpu, kernel)).collect::<Result<Vec<_>, _>>()?;
         gpu.failure.check()?;
+        if gpu.compiled.lock().map_or(0, |compiled| compiled.len()) > before {
+            gpu.keep_pipelines();
+        }
         let mut launches = dispatches.iter().zip(&offsets).map(|(dispatch, &offset)| Launch {
             kernel: dispatch.kernel,
             bindings: bind_group(&gpu, &compiled[dispatch.kernel], &memory, &parameters, dispatch, offset),
@@ -379,7 +383,7 @@ fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Arc<Compiled>, EngineError> {
             zero_initialize_workgroup_memory: false,
             ..Default::default()
         },
-        cache: None,
+        cache: gpu.cache.as_ref(),
     });
     match pollster::block_on(scope.pop()) {
         None => {
