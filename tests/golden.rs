@@ -232,9 +232,15 @@ fn smollm2_takes_the_golden_lora_steps() {
     let tensors = Golden::open(&folder.join("lora_step0_grads.safetensors"));
     close_gradients(&mut stepper, &tensors, &reference["step0_grad_norm_per_parameter"]);
     let (losses, norms) = (numbers(&reference["losses"]), numbers(&reference["grad_norms"]));
-    for step in 0..20 {
+    // A slow device takes the first few.
+    let steps = std::env::var("TUNE_TEST_STEPS").map_or(20, |steps| steps.parse().expect("a number of steps"));
+    for step in 0..steps {
         let result = stepper.update(&[batches.batch(step)], step as u64, 2e-4).unwrap();
         close("step", step, result, losses[step], norms[step]);
+    }
+    if steps < 20 {
+        println!("{steps} of 20 steps, as TUNE_TEST_STEPS says");
+        return;
     }
     let after = numbers(&reference["losses_after_training_same_batches"]);
     for (index, expected) in after.iter().enumerate() {

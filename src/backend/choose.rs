@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{EngineError, Session, WeightSource, cpu, cuda};
+use super::{EngineError, Session, WeightSource, cpu, cuda, wgpu};
 use crate::program::{Plan, Target};
 
 /// A device that a plan can be opened on.
@@ -11,6 +11,8 @@ pub enum Device {
     Cpu,
     /// A card, by the driver's number.
     Cuda(usize),
+    /// A Vulkan, Metal or DX12 adapter.
+    Wgpu(wgpu::Options),
 }
 
 /// What `engine.device` and `engine.precision` came to.
@@ -22,8 +24,9 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Finds the device for `engine.device` (`auto`, `cpu`, `cuda`, `cuda:N`) and `engine.precision` (`auto`, `f32`,
-/// `bf16`). `auto` takes CUDA where a card and its libraries are there, else the CPU.
+/// Finds the device for `engine.device` (`auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`, `wgpu:N`) and `engine.precision`
+/// (`auto`, `f32`, `f16`, `bf16`). `auto` takes CUDA where a card and its libraries are there, else a hardware
+/// adapter through wgpu, else the CPU.
 ///
 /// # Errors
 /// When the device is not there, or does not compute in that precision.
@@ -32,13 +35,21 @@ pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
     match device {
         "auto" => match choose_cuda(precision) {
             Ok(choice) => Ok(choice),
-            Err(why) => choose_cpu(precision, why),
+            Err(cuda) => match choose_wgpu("wgpu", precision, "a graphics adapter is there, and no CUDA") {
+                Ok(choice) => Ok(choice),
+                Err(wgpu) => choose_cpu(precision, format!("{cuda}; {wgpu}")),
+            },
         },
         "cpu" => choose_cpu(precision, "asked for".into()),
         "cuda" => cuda_on(0, precision, "asked for".into()),
+        "wgpu" => choose_wgpu(device, precision, "asked for"),
+        _ if device.starts_with("wgpu:") => choose_wgpu(device, precision, "asked for"),
         _ => match device.strip_prefix("cuda:").map(str::parse) {
             Some(Ok(ordinal)) => cuda_on(ordinal, precision, "asked for".into()),
-            _ => unsupported("this build", format!("engine.device = {device:?}; it has auto, cpu, cuda and cuda:N")),
+            _ => unsupported(
+                "this build",
+                format!("engine.device = {device:?}; it has auto, cpu, cuda, cuda:N, wgpu and wgpu:N"),
+            ),
         },
     }
 }
@@ -70,6 +81,14 @@ fn cuda_on(ordinal: usize, precision: &str, reason: String) -> Result<Choice, En
     Ok(Choice { device: Device::Cuda(ordinal), target: cuda::target(ordinal)?, reason })
 }
 
+fn choose_wgpu(device: &str, precision: &str, reason: &str) -> Result<Choice, EngineError> {
+    let options = wgpu::Options::parse(device, precision)?;
+    let target = wgpu::target(&options)?;
+    // The precision is settled here, so that plan and session agree.
+    let options = wgpu::Options { compute: Some(target.compute), ..options };
+    Ok(Choice { device: Device::Wgpu(options), target, reason: reason.to_string() })
+}
+
 fn choose_cpu(precision: &str, reason: String) -> Result<Choice, EngineError> {
     if !matches!(precision, "auto" | "f32") {
         let what = format!("engine.precision = {precision:?}; it computes in f32");
@@ -86,5 +105,6 @@ pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, device: &Device) -> Resu
     match device {
         Device::Cpu => Ok(Box::new(cpu::open(plan, weights)?)),
         Device::Cuda(ordinal) => Ok(Box::new(cuda::open(plan, weights, *ordinal)?)),
+        Device::Wgpu(options) => Ok(Box::new(wgpu::open(plan, weights, options)?)),
     }
 }

@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod doctor;
 pub mod inspect;
+pub mod wgpu;
 
 pub use choose::{Choice, Device, choose, open};
 

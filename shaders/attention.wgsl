@@ -1,0 +1,159 @@
+// output = softmax(mask(scale · Q Kᵀ)) V, one tile of queries and one head a workgroup, keys in tiles with a running
+// maximum and sum (Dao 2023, arXiv 2307.08691): no score leaves the workgroup. Token t sees s when
+// max(document_start[t], t - window + 1) <= s <= t. log_sum_exp is kept for the backward pass.
+// Tiles are 32 rows. Thread (y, x) of 16 x 16 owns rows 2y and 2y+1: of a 32x32 product columns x and x+16, of a
+// 32 x HEAD_DIM product elements 4x..4x+4 of each 64 columns.
+// 32 columns of a left tile (rows 9 vec4 apart, against bank conflicts) and of a right one, or 64 of one tile.
+var<workgroup> stage: array<vec4<f32>, 576>;
+var<workgroup> score: array<f32, 1056>;
+var<workgroup> bound: u32;
+// Lowest token that `query` sees.
+fn lowest_key(query: u32) -> u32 {
+  var lowest = u32(document_start_get(query));
+#if WINDOW
+  if (query + 1u > p.window) { lowest = max(lowest, query + 1u - p.window); }
+#end
+  return lowest;
+}
+fn query(row: u32, column: u32, head: u32) -> vec4<f32> {
+  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
+  let at = row * p.stride + head * HEAD_DIM + column;
+#if RAGGED
+  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
+  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
+  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
+  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
+  return value;
+#else
+  return qkv_get4(at);
+#end
+}
+fn key(row: u32, column: u32, head: u32) -> vec4<f32> {
+  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
+  let at = row * p.stride + p.key_start + head * HEAD_DIM + column;
+#if RAGGED
+  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
+  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
+  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
+  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
+  return value;
+#else
+  return qkv_get4(at);
+#end
+}
+fn value(row: u32, column: u32, head: u32) -> vec4<f32> {
+  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
+  let at = row * p.stride + p.value_start + head * HEAD_DIM + column;
+#if RAGGED
+  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
+  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
+  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
+  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
+  return value;
+#else
+  return qkv_get4(at);
+#end
+}
+fn put(row: u32, column: u32, head: u32, v: vec4<f32>) {
+  if (row >= p.tokens || column >= HEAD_DIM) { return; }
+  let at = row * p.output_stride + head * HEAD_DIM + column;
+#if RAGGED
+  output_put(at, v.x);
+  if (column + 1u < HEAD_DIM) { output_put(at + 1u, v.y); }
+  if (column + 2u < HEAD_DIM) { output_put(at + 2u, v.z); }
+  if (column + 3u < HEAD_DIM) { output_put(at + 3u, v.w); }
+#else
+  output_put4(at, v);
+#end
+}
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+  let first = group.x * 32u;
+  let head = group.y;
+  let kv_head = head / p.group;
+  let y = thread / 16u;
+  let x = thread % 16u;
+  let row = first + 2u * y;
+  let last_token = p.tokens - 1u;
+  let lowest_a = lowest_key(min(row, last_token));
+  let lowest_b = lowest_key(min(row + 1u, last_token));
+  if (thread == 0u) { bound = lowest_a; }
+  let begin = workgroupUniformLoad(&bound) / 32u * 32u;
+  let end = min(first + 32u, p.tokens);
+  var highest = vec2<f32>(-1e30);
+  var total = vec2<f32>();
+#for c CHUNKS
+  var o_a{c} = vec4<f32>();
+  var o_b{c} = vec4<f32>();
+#end
+  for (var key0 = begin; key0 < end; key0 += 32u) {
+    var s = vec4<f32>();
+    for (var column = 0u; column < HEAD_DIM; column += 32u) {
+      workgroupBarrier();
+      stage[(thread / 8u) * 9u + thread % 8u] = query(first + thread / 8u, column + (thread % 8u) * 4u, head);
+      stage[288u + (thread / 8u) * 9u + thread % 8u] = key(key0 + thread / 8u, column + (thread % 8u) * 4u, kv_head);
+      workgroupBarrier();
+#for j 8
+      {
+        let a = stage[y * 18u + {j}u];
+        let b = stage[y * 18u + 9u + {j}u];
+        let c = stage[288u + x * 9u + {j}u];
+        let d = stage[432u + x * 9u + {j}u];
+        s += vec4<f32>(dot(a, c), dot(a, d), dot(b, c), dot(b, d));
+      }
+#end
+    }
+    s *= p.scale;
+#if SOFTCAP
+    s = p.softcap * tanh(clamp(s / p.softcap, vec4<f32>(-15.0), vec4<f32>(15.0)));
+#end
+    let column = key0 + x;
+    let seen = vec4<bool>(column >= lowest_a && column <= row, column + 16u >= lowest_a && column + 16u <= row,
+                          column >= lowest_b && column <= row + 1u, column + 16u >= lowest_b && column + 16u <= row + 1u);
+    s = select(vec4<f32>(-1e30), s, seen);
+    workgroupBarrier();
+    score[y * 66u + x] = s.x;
+    score[y * 66u + x + 16u] = s.y;
+    score[y * 66u + 33u + x] = s.z;
+    score[y * 66u + 33u + x + 16u] = s.w;
+    workgroupBarrier();
+    var top = highest;
+    for (var i = 0u; i < 32u; i++) {
+      top = max(top, vec2<f32>(score[y * 66u + i], score[y * 66u + 33u + i]));
+    }
+    let shrink = exp(highest - top);
+    highest = top;
+    s = select(vec4<f32>(), exp(s - top.xxyy), seen);
+    workgroupBarrier();
+    score[y * 66u + x] = s.x;
+    score[y * 66u + x + 16u] = s.y;
+    score[y * 66u + 33u + x] = s.z;
+    score[y * 66u + 33u + x + 16u] = s.w;
+    workgroupBarrier();
+    total *= shrink;
+    for (var i = 0u; i < 32u; i++) {
+      total += vec2<f32>(score[y * 66u + i], score[y * 66u + 33u + i]);
+    }
+#for c CHUNKS
+    o_a{c} *= shrink.x;
+    o_b{c} *= shrink.y;
+#end
+#for c CHUNKS
+    workgroupBarrier();
+    stage[thread] = value(key0 + thread / 16u, {c}u * 64u + x * 4u, kv_head);
+    stage[thread + 256u] = value(key0 + 16u + thread / 16u, {c}u * 64u + x * 4u, kv_head);
+    workgroupBarrier();
+    for (var i = 0u; i < 32u; i++) {
+      let r = stage[i * 16u + x];
+      o_a{c} += score[y * 66u + i] * r;
+      o_b{c} += score[y * 66u + 33u + i] * r;
+    }
+#end
+  }
+#for c CHUNKS
+  put(row, {c}u * 64u + x * 4u, head, o_a{c} / total.x);
+  put(row + 1u, {c}u * 64u + x * 4u, head, o_b{c} / total.y);
+#end
+  if (x == 0u && row < p.tokens) { log_sum_exp_put(row * p.heads + head, highest.x + log(total.x)); }
+  if (x == 0u && row + 1u < p.tokens) { log_sum_exp_put((row + 1u) * p.heads + head, highest.y + log(total.y)); }
+}

@@ -1,0 +1,169 @@
+// Gradient of the queries: with P = exp(score - log_sum_exp) and dS = P ∘ (dO Vᵀ - delta), grad_q = scale · dS K
+// (times the derivative of the soft cap). One tile of queries and one head a workgroup; scores are computed again.
+// Tiles are 32 rows. Thread (y, x) of 16 x 16 owns rows 2y and 2y+1: of a 32x32 product columns x and x+16, of a
+// 32 x HEAD_DIM product elements 4x..4x+4 of each 64 columns.
+// 32 columns of a left tile (rows 9 vec4 apart, against bank conflicts) and of a right one, or 64 of one tile.
+var<workgroup> stage: array<vec4<f32>, 576>;
+var<workgroup> score: array<f32, 1056>;
+var<workgroup> bound: u32;
+// Lowest token that `query` sees.
+fn lowest_key(query: u32) -> u32 {
+  var lowest = u32(document_start_get(query));
+#if WINDOW
+  if (query + 1u > p.window) { lowest = max(lowest, query + 1u - p.window); }
+#end
+  return lowest;
+}
+fn query(row: u32, column: u32, head: u32) -> vec4<f32> {
+  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
+  let at = row * p.stride + head * HEAD_DIM + column;
+#if RAGGED
+  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
+  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
+  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
+  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
+  return value;
+#else
+  return qkv_get4(at);
+#end
+}
+fn key(row: u32, column: u32, head: u32) -> vec4<f32> {
+  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
+  let at = row * p.stride + p.key_start + head * HEAD_DIM + column;
+#if RAGGED
+  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
+  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
+  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
+  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
+  return value;
+#else
+  return qkv_get4(at);
+#end
+}
+fn value(row: u32, column: u32, head: u32) -> vec4<f32> {
+  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
+  let at = row * p.stride + p.value_start + head * HEAD_DIM + column;
+#if RAGGED
+  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
+  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
+  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
+  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
+  return value;
+#else
+  return qkv_get4(at);
+#end
+}
+fn grad(row: u32, column: u32, head: u32) -> vec4<f32> {
+  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
+  let at = row * p.output_stride + head * HEAD_DIM + column;
+#if RAGGED
+  var value = vec4<f32>(grad_output_get(at), 0.0, 0.0, 0.0);
+  if (column + 1u < HEAD_DIM) { value.y = grad_output_get(at + 1u); }
+  if (column + 2u < HEAD_DIM) { value.z = grad_output_get(at + 2u); }
+  if (column + 3u < HEAD_DIM) { value.w = grad_output_get(at + 3u); }
+  return value;
+#else
+  return grad_output_get4(at);
+#end
+}
+fn put(row: u32, column: u32, head: u32, v: vec4<f32>) {
+  if (row >= p.tokens || column >= HEAD_DIM) { return; }
+  let at = row * p.stride + head * HEAD_DIM + column;
+#if RAGGED
+  grad_qkv_put(at, v.x);
+  if (column + 1u < HEAD_DIM) { grad_qkv_put(at + 1u, v.y); }
+  if (column + 2u < HEAD_DIM) { grad_qkv_put(at + 2u, v.z); }
+  if (column + 3u < HEAD_DIM) { grad_qkv_put(at + 3u, v.w); }
+#else
+  grad_qkv_put4(at, v);
+#end
+}
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+  let first = group.x * 32u;
+  let head = group.y;
+  let kv_head = head / p.group;
+  let y = thread / 16u;
+  let x = thread % 16u;
+  let row = first + 2u * y;
+  let last_token = p.tokens - 1u;
+  let row_a = min(row, last_token);
+  let row_b = min(row + 1u, last_token);
+  let lowest_a = lowest_key(row_a);
+  let lowest_b = lowest_key(row_b);
+  let lse = vec2<f32>(log_sum_exp_get(row_a * p.heads + head), log_sum_exp_get(row_b * p.heads + head));
+  let mean = vec2<f32>(delta_get(row_a * p.heads + head), delta_get(row_b * p.heads + head));
+  if (thread == 0u) { bound = lowest_a; }
+  let begin = workgroupUniformLoad(&bound) / 32u * 32u;
+  let end = min(first + 32u, p.tokens);
+#for c CHUNKS
+  var o_a{c} = vec4<f32>();
+  var o_b{c} = vec4<f32>();
+#end
+  for (var key0 = begin; key0 < end; key0 += 32u) {
+    var s = vec4<f32>();
+    for (var column = 0u; column < HEAD_DIM; column += 32u) {
+      workgroupBarrier();
+      stage[(thread / 8u) * 9u + thread % 8u] = query(first + thread / 8u, column + (thread % 8u) * 4u, head);
+      stage[288u + (thread / 8u) * 9u + thread % 8u] = key(key0 + thread / 8u, column + (thread % 8u) * 4u, kv_head);
+      workgroupBarrier();
+#for j 8
+      {
+        let a = stage[y * 18u + {j}u];
+        let b = stage[y * 18u + 9u + {j}u];
+        let c = stage[288u + x * 9u + {j}u];
+        let d = stage[432u + x * 9u + {j}u];
+        s += vec4<f32>(dot(a, c), dot(a, d), dot(b, c), dot(b, d));
+      }
+#end
+    }
+    s *= p.scale;
+#if SOFTCAP
+    s = p.softcap * tanh(clamp(s / p.softcap, vec4<f32>(-15.0), vec4<f32>(15.0)));
+#end
+    var g = vec4<f32>();
+    for (var column = 0u; column < HEAD_DIM; column += 32u) {
+      workgroupBarrier();
+      stage[(thread / 8u) * 9u + thread % 8u] = grad(first + thread / 8u, column + (thread % 8u) * 4u, head);
+      stage[288u + (thread / 8u) * 9u + thread % 8u] = value(key0 + thread / 8u, column + (thread % 8u) * 4u, kv_head);
+      workgroupBarrier();
+#for j 8
+      {
+        let a = stage[y * 18u + {j}u];
+        let b = stage[y * 18u + 9u + {j}u];
+        let c = stage[288u + x * 9u + {j}u];
+        let d = stage[432u + x * 9u + {j}u];
+        g += vec4<f32>(dot(a, c), dot(a, d), dot(b, c), dot(b, d));
+      }
+#end
+    }
+    let column = key0 + x;
+    let seen = vec4<bool>(column >= lowest_a && column <= row, column + 16u >= lowest_a && column + 16u <= row,
+                          column >= lowest_b && column <= row + 1u, column + 16u >= lowest_b && column + 16u <= row + 1u);
+    var d = exp(s - lse.xxyy) * (g - mean.xxyy) * p.scale;
+#if SOFTCAP
+    d *= 1.0 - (s / p.softcap) * (s / p.softcap);
+#end
+    d = select(vec4<f32>(), d, seen);
+    workgroupBarrier();
+    score[y * 66u + x] = d.x;
+    score[y * 66u + x + 16u] = d.y;
+    score[y * 66u + 33u + x] = d.z;
+    score[y * 66u + 33u + x + 16u] = d.w;
+#for c CHUNKS
+    workgroupBarrier();
+    stage[thread] = key(key0 + thread / 16u, {c}u * 64u + x * 4u, kv_head);
+    stage[thread + 256u] = key(key0 + 16u + thread / 16u, {c}u * 64u + x * 4u, kv_head);
+    workgroupBarrier();
+    for (var i = 0u; i < 32u; i++) {
+      let r = stage[i * 16u + x];
+      o_a{c} += score[y * 66u + i] * r;
+      o_b{c} += score[y * 66u + 33u + i] * r;
+    }
+#end
+  }
+#for c CHUNKS
+  put(row, {c}u * 64u + x * 4u, head, o_a{c});
+  put(row + 1u, {c}u * 64u + x * 4u, head, o_b{c});
+#end
+}

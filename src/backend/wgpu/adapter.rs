@@ -1,0 +1,404 @@
+//! Adapters and the device opened on one: what the engine may use there, and how its errors reach the caller.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::cache;
+use super::kernel::Kernel;
+use crate::backend::EngineError;
+use crate::backend::doctor::{Finding, Report};
+use crate::program::{DType, Rates, Target};
+
+pub(super) const ENGINE: &str = "wgpu";
+
+/// Which adapter to open and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Index in [`adapters`]; none takes the first that is hardware.
+    pub adapter: Option<usize>,
+    /// Type of activations: f32, f16, or none for what suits the adapter.
+    pub compute: Option<DType>,
+    /// Use no more than core WebGPU promises: no optional feature, 128 MiB bindings, 16 KiB of workgroup memory.
+    pub portable: bool,
+}
+
+impl Options {
+    /// Reads `wgpu` or `wgpu:N`, and a precision of `auto`, `f32` or `f16`.
+    ///
+    /// # Errors
+    /// When either is none of these.
+    pub fn parse(device: &str, precision: &str) -> Result<Options, EngineError> {
+        let unsupported = |what: String| EngineError::Unsupported { engine: ENGINE, what };
+        let adapter =
+            match device.split_once(':') {
+                None => None,
+                Some((_, number)) => Some(number.parse().map_err(|_| {
+                    unsupported(format!("device {device}: write wgpu or wgpu:N, N from `tune doctor`"))
+                })?),
+            };
+        let compute = match precision {
+            "auto" => None,
+            "f32" => Some(DType::F32),
+            "f16" => Some(DType::F16),
+            other => return Err(unsupported(format!("precision {other}: it has auto, f32 and f16"))),
+        };
+        Ok(Options { adapter, compute, portable: false })
+    }
+}
+
+/// An adapter as `tune doctor` shows it.
+#[derive(Clone, Debug)]
+pub struct AdapterReport {
+    /// What follows `wgpu:`.
+    pub index: usize,
+    pub name: String,
+    /// `Vulkan`, `Metal`, `Dx12`.
+    pub backend: String,
+    pub driver: String,
+    /// Runs on the processor: never chosen unless named.
+    pub software: bool,
+    /// Half-precision storage and arithmetic.
+    pub f16: bool,
+    pub subgroups: bool,
+    /// 16x16x16 products of f16 summed in f32.
+    pub cooperative_matrices: bool,
+    pub largest_binding: u64,
+    pub largest_buffer: u64,
+    pub workgroup_bytes: u32,
+}
+
+fn instance() -> &'static wgpu::Instance {
+    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
+    INSTANCE.get_or_init(|| {
+        wgpu::Instance::new(wgpu::InstanceDescriptor {
+            backends: wgpu::Backends::PRIMARY,
+            flags: wgpu::InstanceFlags::empty(),
+            ..wgpu::InstanceDescriptor::new_without_display_handle()
+        })
+    })
+}
+
+/// Adapters of this machine, discrete cards first and software last, in a stable order.
+fn enumerate() -> Vec<wgpu::Adapter> {
+    let mut adapters = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::PRIMARY));
+    adapters
+        .retain(|adapter| adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
+    adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    });
+    adapters
+}
+
+fn has_cooperative(adapter: &wgpu::Adapter) -> bool {
+    adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+        && adapter.features().contains(wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP)
+        // The kernels count on subgroups of 32.
+        && (adapter.get_info().subgroup_min_size, adapter.get_info().subgroup_max_size) == (32, 32)
+        && adapter.cooperative_matrix_properties().iter().any(|shape| {
+            (shape.m_size, shape.n_size, shape.k_size) == (16, 16, 16)
+                && shape.ab_type == wgpu::CooperativeScalarType::F16
+                && shape.cr_type == wgpu::CooperativeScalarType::F32
+        })
+}
+
+/// Every adapter, by the index that `wgpu:N` takes.
+pub fn adapters() -> Vec<AdapterReport> {
+    enumerate()
+        .iter()
+        .enumerate()
+        .map(|(index, adapter)| {
+            let (info, limits) = (adapter.get_info(), adapter.limits());
+            AdapterReport {
+                index,
+                name: info.name,
+                backend: format!("{:?}", info.backend),
+                driver: format!("{} {}", info.driver, info.driver_info),
+                software: info.device_type == wgpu::DeviceType::Cpu,
+                f16: adapter.features().contains(wgpu::Features::SHADER_F16),
+                subgroups: adapter.features().contains(wgpu::Features::SUBGROUP),
+                cooperative_matrices: has_cooperative(adapter),
+                largest_binding: limits.max_storage_buffer_binding_size,
+                largest_buffer: limits.max_buffer_size,
+                workgroup_bytes: limits.max_compute_workgroup_storage_size,
+            }
+        })
+        .collect()
+}
+
+/// What `tune doctor` says of the engine.
+pub fn report() -> Report {
+    let adapters = adapters();
+    let findings: Vec<Finding> = adapters
+        .iter()
+        .map(|adapter| {
+            let gibibytes = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+            let abilities = [
+                (adapter.cooperative_matrices, "cooperative matrices"),
+                (adapter.f16, "f16"),
+                (adapter.subgroups, "subgroups"),
+            ];
+            let abilities: Vec<&str> = abilities.iter().filter(|entry| entry.0).map(|entry| entry.1).collect();
+            let detail = format!(
+                "{} ({}, {}), {}, bindings of {:.2} GiB, workgroups of {} KiB",
+                adapter.name,
+                adapter.backend,
+                adapter.driver.trim(),
+                if abilities.is_empty() { "core features".to_string() } else { abilities.join(", ") },
+                gibibytes(adapter.largest_binding),
+                adapter.workgroup_bytes >> 10,
+            );
+            let name = format!("wgpu:{}", adapter.index);
+            if adapter.software {
+                let detail = format!("{detail}; runs on the processor, only when named");
+                return Finding::absent(name, detail, "");
+            }
+            Finding::found(name, detail)
+        })
+        .collect();
+    let usable = adapters.iter().any(|adapter| !adapter.software);
+    if !findings.is_empty() {
+        return Report { engine: ENGINE, usable, findings };
+    }
+    let mend = if cfg!(target_os = "linux") {
+        "install the Vulkan loader and the card's Vulkan driver (Debian, Ubuntu: apt install libvulkan1 mesa-vulkan-drivers)"
+    } else {
+        "install the graphics driver"
+    };
+    let missing = Finding::missing("adapter", "no Vulkan, Metal or DX12 adapter", mend);
+    Report { engine: ENGINE, usable, findings: vec![missing] }
+}
+
+fn select(options: &Options) -> Result<wgpu::Adapter, EngineError> {
+    let unsupported = |what: String| EngineError::Unsupported { engine: ENGINE, what };
+    let mut adapters = enumerate();
+    if adapters.is_empty() {
+        return Err(unsupported("no Vulkan, Metal or DX12 adapter on this machine; `tune doctor` says more".into()));
+    }
+    match options.adapter {
+        Some(index) if index < adapters.len() => Ok(adapters.swap_remove(index)),
+        Some(index) => Err(unsupported(format!(
+            "there is no adapter {index}: this machine has {}, see `tune doctor`",
+            adapters.len()
+        ))),
+        None => match adapters.iter().position(|adapter| adapter.get_info().device_type != wgpu::DeviceType::Cpu) {
+            Some(index) => Ok(adapters.swap_remove(index)),
+            None => Err(unsupported(format!(
+                "the only adapter runs in software ({}); ask for it by number (wgpu:0) or use the cpu engine, which is \
+                 faster",
+                adapters[0].get_info().name
+            ))),
+        },
+    }
+}
+
+/// What the engine may ask of an adapter under `options`.
+struct Abilities {
+    limits: wgpu::Limits,
+    features: wgpu::Features,
+    f16: bool,
+    cooperative: bool,
+    compute: DType,
+}
+
+fn abilities(adapter: &wgpu::Adapter, options: &Options) -> Result<Abilities, EngineError> {
+    let offered = adapter.features();
+    let f16 = offered.contains(wgpu::Features::SHADER_F16) && !options.portable;
+    let cooperative = has_cooperative(adapter) && !options.portable;
+    let mut features = wgpu::Features::empty();
+    if !options.portable {
+        features |= offered
+            & (wgpu::Features::SHADER_F16
+                | wgpu::Features::SUBGROUP
+                | wgpu::Features::PIPELINE_CACHE
+                | wgpu::Features::TIMESTAMP_QUERY);
+        if cooperative {
+            features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+        }
+    }
+    if adapter.get_info().device_type == wgpu::DeviceType::Cpu {
+        // A software adapter is for tests: it leaves nothing behind.
+        features -= wgpu::Features::PIPELINE_CACHE;
+    }
+    let compute = match options.compute {
+        None if cooperative => DType::F16,
+        None => DType::F32,
+        Some(DType::F16) if !f16 => {
+            return Err(EngineError::Unsupported {
+                engine: ENGINE,
+                what: format!("precision f16: {} has no half-precision arithmetic; use f32", adapter.get_info().name),
+            });
+        }
+        Some(dtype) => dtype,
+    };
+    let limits = if options.portable { wgpu::Limits::default() } else { adapter.limits() };
+    Ok(Abilities { limits, features, f16, cooperative, compute })
+}
+
+/// Largest binding, in whole 256-byte units.
+pub(super) fn binding_limit(limits: &wgpu::Limits) -> u64 {
+    limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) & !255
+}
+
+/// The adapter as plain data for the planner.
+///
+/// # Errors
+/// When there is no such adapter, or it lacks the precision.
+pub fn target(options: &Options) -> Result<Target, EngineError> {
+    let adapter = select(options)?;
+    let info = adapter.get_info();
+    let abilities = abilities(&adapter, options)?;
+    let software = info.device_type == wgpu::DeviceType::Cpu;
+    let rates = match (info.device_type, abilities.cooperative && abilities.compute == DType::F16) {
+        (wgpu::DeviceType::Cpu, _) => Rates { flops: 15e9, attention_flops: 5e9, bandwidth: 8e9, per_op: 5e-5 },
+        (wgpu::DeviceType::DiscreteGpu, true) => {
+            Rates { flops: 150e12, attention_flops: 50e12, bandwidth: 1.5e12, per_op: 1e-5 }
+        }
+        (wgpu::DeviceType::DiscreteGpu, false) => {
+            Rates { flops: 10e12, attention_flops: 4e12, bandwidth: 5e11, per_op: 1e-5 }
+        }
+        _ => Rates { flops: 1e12, attention_flops: 4e11, bandwidth: 6e10, per_op: 2e-5 },
+    };
+    let largest = binding_limit(&abilities.limits);
+    Ok(Target {
+        name: format!("{} ({:?})", info.name, info.backend),
+        engine: ENGINE,
+        memory: None,
+        largest_segment: largest,
+        alignment: 256,
+        compute: abilities.compute,
+        trainable: DType::F32,
+        micro_sizes: if software {
+            vec![64, 128, 256, 512, 1024, 2048]
+        } else {
+            vec![256, 512, 1024, 2048, 4096, 8192]
+        },
+        rates,
+        library_workspace: 0,
+        logits_bytes: largest.min(if software { 64 << 20 } else { 512 << 20 }),
+    })
+}
+
+/// The first thing that went wrong on a device, kept until it is asked for.
+#[derive(Clone, Default)]
+pub(super) struct Failure(Arc<Mutex<Option<(bool, String)>>>);
+
+impl Failure {
+    fn set(&self, memory: bool, what: String) {
+        if let Ok(mut slot) = self.0.lock() {
+            slot.get_or_insert((memory, what));
+        }
+    }
+
+    /// The error, if there was one; it stays.
+    pub fn check(&self) -> Result<(), EngineError> {
+        let slot =
+            self.0.lock().map_err(|_| EngineError::Device { engine: ENGINE, what: "a thread panicked".into() })?;
+        match slot.as_ref() {
+            None => Ok(()),
+            Some((true, what)) => Err(EngineError::OutOfMemory { engine: ENGINE, what: what.clone() }),
+            Some((false, what)) => Err(EngineError::Device { engine: ENGINE, what: what.clone() }),
+        }
+    }
+}
+
+/// A compiled kernel.
+pub(super) struct Compiled {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+}
+
+/// An open device, with the kernels compiled so far. Sessions in one process share it.
+pub(super) struct Gpu {
+    pub device: wgpu::Device,
+    pub queue: wgpu::Queue,
+    pub info: wgpu::AdapterInfo,
+    pub limits: wgpu::Limits,
+    pub f16: bool,
+    pub cooperative: bool,
+    pub failure: Failure,
+    pub compiled: Mutex<HashMap<Kernel, Arc<Compiled>>>,
+    /// The driver's compiled pipelines, kept from run to run.
+    pub cache: Option<wgpu::PipelineCache>,
+}
+
+/// Devices that this process has opened and that have not failed.
+static OPEN: Mutex<Vec<(Options, Arc<Gpu>)>> = Mutex::new(Vec::new());
+
+impl Gpu {
+    /// The device that `options` name: the one that is open already, as long as nothing went wrong on it.
+    pub fn shared(options: &Options) -> Result<Arc<Gpu>, EngineError> {
+        let poisoned = |_| EngineError::Device { engine: ENGINE, what: "a thread panicked".into() };
+        let mut open = OPEN.lock().map_err(poisoned)?;
+        open.retain(|(_, gpu)| gpu.failure.check().is_ok());
+        if let Some((_, gpu)) = open.iter().find(|(known, _)| known == options) {
+            return Ok(Arc::clone(gpu));
+        }
+        let gpu = Arc::new(Gpu::open(options)?);
+        open.push((*options, Arc::clone(&gpu)));
+        Ok(gpu)
+    }
+
+    fn open(options: &Options) -> Result<Gpu, EngineError> {
+        let adapter = select(options)?;
+        let Abilities { limits, features, f16, cooperative, .. } = abilities(&adapter, options)?;
+        let experimental = if cooperative {
+            // SAFETY: the experimental feature used is cooperative matrices, on the shape and types that the
+            // adapter lists; the shaders that use it keep every load and store inside its buffer.
+            unsafe { wgpu::ExperimentalFeatures::enabled() }
+        } else {
+            wgpu::ExperimentalFeatures::disabled()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+            label: Some("tune"),
+            required_features: features,
+            required_limits: limits.clone(),
+            experimental_features: experimental,
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            trace: wgpu::Trace::Off,
+        }))
+        .map_err(|error| EngineError::Device {
+            engine: ENGINE,
+            what: format!("{} would not open: {error}", adapter.get_info().name),
+        })?;
+        let failure = Failure::default();
+        let uncaptured = failure.clone();
+        device.on_uncaptured_error(Arc::new(move |error| match error {
+            wgpu::Error::OutOfMemory { source } => uncaptured.set(true, source.to_string()),
+            other => uncaptured.set(false, other.to_string()),
+        }));
+        let lost = failure.clone();
+        device.set_device_lost_callback(move |reason, message| {
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                lost.set(false, format!("the device was lost: {message}"));
+            }
+        });
+        let (info, compiled) = (adapter.get_info(), Mutex::default());
+        let cache = features.contains(wgpu::Features::PIPELINE_CACHE).then(|| {
+            let data = cache::load(&info);
+            let descriptor = wgpu::PipelineCacheDescriptor { label: None, data: data.as_deref(), fallback: true };
+            // SAFETY: the data is what `get_data` gave on this adapter and driver: the file is named for both, lies in
+            // the user's private folder, and agrees with its checksum.
+            unsafe { device.create_pipeline_cache(&descriptor) }
+        });
+        Ok(Gpu { device, queue, info, limits, f16, cooperative, failure, compiled, cache })
+    }
+
+    /// Writes the pipeline cache.
+    pub fn keep_pipelines(&self) {
+        if let Some(data) = self.cache.as_ref().and_then(wgpu::PipelineCache::get_data) {
+            cache::save(&self.info, &data);
+        }
+    }
+
+    /// Waits for everything submitted so far.
+    pub fn wait(&self) -> Result<(), EngineError> {
+        self.device
+            .poll(wgpu::PollType::wait_indefinitely())
+            .map_err(|error| EngineError::Device { engine: ENGINE, what: error.to_string() })?;
+        self.failure.check()
+    }
+}

@@ -1,0 +1,57 @@
+//! Compiled pipelines in the user's private cache folder, one file an adapter and driver. A file is the SHA-256 of its
+//! contents, then the contents; what does not agree with its checksum is left aside. Trouble with the cache is none.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+const CHECKSUM: usize = 32;
+
+/// The file for an adapter; none where the backend keeps no pipelines, or there is no home folder.
+fn file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
+    let key = wgpu::util::pipeline_cache_key(info)?;
+    let folders = directories::ProjectDirs::from("", "", "tune")?;
+    // The driver's version is not in the key.
+    let driver = Sha256::digest(format!("{} {}", info.driver, info.driver_info).as_bytes());
+    let driver: String = driver.as_slice()[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(folders.cache_dir().join("wgpu").join(format!("{key}-{driver}")))
+}
+
+/// What was kept from an earlier run.
+pub fn load(info: &wgpu::AdapterInfo) -> Option<Vec<u8>> {
+    let contents = fs::read(file(info)?).ok()?;
+    let (digest, data) = contents.split_at_checked(CHECKSUM)?;
+    (Sha256::digest(data).as_slice() == digest).then(|| data.to_vec())
+}
+
+/// Keeps the pipelines compiled so far; the file appears whole or not at all.
+pub fn save(info: &wgpu::AdapterInfo, data: &[u8]) {
+    if let Some(path) = file(info) {
+        // Without the file the next run compiles again: nothing to tell anyone.
+        let _ = write(&path, data);
+    }
+}
+
+fn write(path: &Path, data: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    private_folder(folder)?;
+    let temporary = path.with_extension(format!("{}.part", std::process::id()));
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(Sha256::digest(data).as_slice())?;
+    file.write_all(data)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)
+}
+
+#[cfg(unix)]
+fn private_folder(folder: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)
+}
+
+#[cfg(not(unix))]
+fn private_folder(folder: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(folder)
+}

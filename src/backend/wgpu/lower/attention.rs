@@ -1,0 +1,138 @@
+//! Attention: in training, backward, and with a cache.
+
+use super::{Call, Lowering};
+use crate::backend::EngineError;
+use crate::backend::wgpu::storage::View;
+use crate::program::{AttentionShape, DType, Op};
+
+/// Rows of a tile of queries or keys.
+const TILE: usize = 32;
+
+/// Rows of a tile on cooperative matrices.
+const WIDE: usize = 64;
+
+impl Lowering<'_> {
+    pub(super) fn attention(&mut self, op: &Op) -> Result<(), EngineError> {
+        match op {
+            Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } => {
+                let (qkv, output) = (self.view(*qkv), self.view(*output));
+                let (tile, file) = if self.fits_fragments(shape, &qkv) {
+                    (WIDE, "attention_cooperative")
+                } else {
+                    (TILE, "attention")
+                };
+                let mut call = self.masked(file, shape, &qkv, tile);
+                let vector = by_fours(shape, &qkv);
+                self.bind_as(&mut call, "qkv", &qkv, vector);
+                self.bind(&mut call, "document_start", &self.view(*document_start));
+                self.bind_as(&mut call, "output", &output, vector);
+                self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
+                self.launch(call, [qkv.rows.div_ceil(tile), shape.heads, 1])
+            }
+            Op::AttentionBackward {
+                grad_output,
+                qkv,
+                output,
+                log_sum_exp,
+                document_start,
+                document_end,
+                delta,
+                grad_qkv,
+                shape,
+            } => {
+                let (qkv, output, grad) = (self.view(*qkv), self.view(*output), self.view(*grad_output));
+                let delta = self.view(*delta);
+                let count = qkv.rows * shape.heads;
+                let mut call = self.call("attention_delta");
+                self.bind(&mut call, "grad_output", &grad);
+                self.bind(&mut call, "output", &output);
+                self.bind(&mut call, "delta", &delta);
+                call.number("count", count).number("head_dim", shape.head_dim);
+                self.launch(call, [count.div_ceil(64), 1, 1])?;
+                let vector = by_fours(shape, &qkv);
+                let (tile, files) = if self.fits_fragments(shape, &qkv) {
+                    (WIDE, ["attention_backward_query_cooperative", "attention_backward_key_value_cooperative"])
+                } else {
+                    (TILE, ["attention_backward_query", "attention_backward_key_value"])
+                };
+                for (file, heads) in files.into_iter().zip([shape.heads, shape.kv_heads]) {
+                    let mut call = self.masked(file, shape, &qkv, tile);
+                    self.bind_as(&mut call, "qkv", &qkv, vector);
+                    self.bind_as(&mut call, "grad_output", &grad, vector);
+                    self.bind(&mut call, "document_start", &self.view(*document_start));
+                    self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
+                    self.bind(&mut call, "delta", &delta);
+                    self.bind_as(&mut call, "grad_qkv", &self.view(*grad_qkv), vector);
+                    if file == files[1] {
+                        self.bind(&mut call, "document_end", &self.view(*document_end));
+                    }
+                    self.launch(call, [qkv.rows.div_ceil(tile), heads, 1])?;
+                }
+                Ok(())
+            }
+            Op::CachedAttention { qkv, cache_key, cache_value, start, output, shape } => {
+                let (qkv, key, value) = (self.view(*qkv), self.view(*cache_key), self.view(*cache_value));
+                let (start, output) = (self.view(*start), self.view(*output));
+                let mut call = self.call("cache_store");
+                self.bind(&mut call, "qkv", &qkv);
+                self.bind(&mut call, "start", &start);
+                self.bind(&mut call, "cache_key", &key);
+                self.bind(&mut call, "cache_value", &value);
+                call.number("stride", qkv.stride).number("key_start", shape.query_columns());
+                call.number("columns", key.stride).number("capacity", key.rows);
+                self.launch(call, [qkv.rows, 1, 1])?;
+                let mut call = self.call("cached_attention");
+                options(&mut call, shape);
+                self.bind(&mut call, "qkv", &qkv);
+                self.bind(&mut call, "start", &start);
+                self.bind(&mut call, "cache_key", &key);
+                self.bind(&mut call, "cache_value", &value);
+                self.bind(&mut call, "output", &output);
+                call.number("stride", qkv.stride).number("columns", key.stride).number("capacity", key.rows);
+                call.number("output_stride", output.stride);
+                self.launch(call, [qkv.rows, shape.heads, 1])
+            }
+            _ => unreachable!("not attention"),
+        }
+    }
+
+    /// Whether attention can run on cooperative matrices: f16, whole tiles, rows of whole fragments.
+    fn fits_fragments(&self, shape: &AttentionShape, qkv: &View) -> bool {
+        self.facts.cooperative
+            && qkv.dtype == DType::F16
+            && matches!(shape.head_dim, 16 | 32 | 64 | 128)
+            && qkv.rows.is_multiple_of(WIDE)
+            && self.facts.workgroup_bytes >= 42 << 10
+    }
+
+    fn masked(&self, file: &'static str, shape: &AttentionShape, qkv: &View, tile: usize) -> Call {
+        let mut call = self.call(file);
+        options(&mut call, shape);
+        if tile == WIDE {
+            call.constant("HALF", 1).constant("COOPERATIVE", 1);
+            call.constant("FRAGMENTS", (shape.head_dim / 16) as u32).constant("LOADS", (shape.head_dim / 16) as u32);
+            call.number("tiles", qkv.rows / WIDE);
+        }
+        call.flag("RAGGED", !shape.head_dim.is_multiple_of(4));
+        call.number("tokens", qkv.rows).number("stride", qkv.stride).number("heads", shape.heads);
+        call.number("key_start", shape.query_columns());
+        call.number("value_start", shape.query_columns() + shape.kv_columns());
+        call.number("output_stride", shape.query_columns());
+        call
+    }
+}
+
+fn options(call: &mut Call, shape: &AttentionShape) {
+    call.constant("HEAD_DIM", shape.head_dim as u32).constant("CHUNKS", shape.head_dim.div_ceil(64) as u32);
+    call.number("group", shape.heads / shape.kv_heads).float("scale", shape.scale);
+    if let Some(window) = shape.window {
+        call.constant("WINDOW", 1).number("window", window);
+    }
+    if let Some(softcap) = shape.softcap {
+        call.constant("SOFTCAP", 1).float("softcap", softcap);
+    }
+}
+
+fn by_fours(shape: &AttentionShape, qkv: &View) -> bool {
+    shape.head_dim.is_multiple_of(4) && qkv.stride.is_multiple_of(4)
+}

@@ -1,0 +1,161 @@
+//! Work on many tensors at once: casts, zeroes, the gradient norm, AdamW. Tensors that follow each other in every
+//! buffer involved are one range and one dispatch.
+
+use super::Lowering;
+use crate::backend::EngineError;
+use crate::backend::wgpu::storage::View;
+use crate::backend::wgpu::tables;
+use crate::program::{BufferId, DType, Op, block8};
+
+/// Slab entries start at multiples of this many elements.
+const UNIT: usize = 128;
+
+impl Lowering<'_> {
+    pub(super) fn optimizer(&mut self, op: &Op) -> Result<(), EngineError> {
+        match op {
+            Op::Cast { pairs } => {
+                let pairs = pairs.iter().map(|&(from, to)| [self.view(from), self.view(to)]).collect();
+                for [from, to] in self.ranges(pairs) {
+                    let mut call = self.call("cast");
+                    self.bind(&mut call, "input", &from);
+                    self.bind(&mut call, "output", &to);
+                    call.number("count", from.stride);
+                    self.launch(call, [groups(from.stride), 1, 1])?;
+                }
+                Ok(())
+            }
+            Op::Zero { buffers } => {
+                // As words: a buffer of halves with an odd count has room for one more.
+                let buffers = buffers.iter().map(|&id| [self.view(id)]).collect();
+                for [range] in self.ranges(buffers) {
+                    let words = (range.bytes() as usize).div_ceil(4);
+                    let mut call = self.call("zero");
+                    let words_view = View { dtype: DType::U32, stride: words, width: words, ..range };
+                    self.bind(&mut call, "output", &words_view);
+                    call.number("count", words);
+                    self.launch(call, [groups(words), 1, 1])?;
+                }
+                Ok(())
+            }
+            Op::GradientNorm { gradients, norm } => {
+                let gradients = gradients.iter().map(|&id| [self.view(id)]).collect();
+                let ranges = self.ranges(gradients);
+                let total = ranges.iter().map(|[range]| norm_groups(range.stride)).sum();
+                let parts = self.scratch(total);
+                let mut first = 0;
+                for [range] in ranges {
+                    let count = norm_groups(range.stride);
+                    let mut call = self.call("gradient_norm");
+                    self.bind(&mut call, "gradient", &range);
+                    self.bind(&mut call, "parts", &parts);
+                    call.number("count", range.stride).number("first_part", first);
+                    self.launch(call, [count, 1, 1])?;
+                    first += count;
+                }
+                let mut call = self.call("gradient_norm_total");
+                self.bind(&mut call, "parts", &parts);
+                self.bind(&mut call, "norm", &self.view(*norm));
+                call.number("count", total);
+                self.launch(call, [1, 1, 1])
+            }
+            Op::AdamW { parts, norm, hyper, betas, epsilon, weight_decay, max_grad_norm, .. } => {
+                let plan = self.plan;
+                let eight_bit = |id: BufferId| plan.workload.buffer(id).dtype == DType::Block8;
+                for part in parts.iter().filter(|part| eight_bit(part.first_moment)) {
+                    let parameter = self.view(part.parameter).flat();
+                    let mut call = self.call("adamw_block8");
+                    self.bind(&mut call, "parameter", &parameter);
+                    self.bind(&mut call, "gradient", &self.view(part.gradient).flat());
+                    self.bind_words(&mut call, "first_moment", &self.view(part.first_moment));
+                    self.bind_words(&mut call, "second_moment", &self.view(part.second_moment));
+                    self.bind(&mut call, "norm", &self.view(*norm));
+                    self.bind(&mut call, "hyper", &self.view(*hyper));
+                    self.bind(&mut call, "table", &tables::view());
+                    call.number("count", parameter.stride).float("max_grad_norm", *max_grad_norm);
+                    call.float("beta1", betas[0]).float("beta2", betas[1]);
+                    call.float("epsilon", *epsilon).float("weight_decay", *weight_decay);
+                    let blocks = parameter.stride.div_ceil(block8::BLOCK);
+                    call.number("blocks", blocks);
+                    self.launch(call, [blocks.min(65535), blocks.div_ceil(65535), 1])?;
+                }
+                let views = parts
+                    .iter()
+                    .filter(|part| !eight_bit(part.first_moment))
+                    .map(|part| [part.parameter, part.gradient, part.first_moment, part.second_moment])
+                    .map(|ids| ids.map(|id| self.view(id)))
+                    .collect();
+                for [parameter, gradient, first, second] in self.ranges(views) {
+                    if !matches!(parameter.dtype, DType::F32) {
+                        return Err(EngineError::Unsupported {
+                            engine: super::super::adapter::ENGINE,
+                            what: format!("training {} parameters: it trains f32 ones", parameter.dtype.name()),
+                        });
+                    }
+                    let mut call = self.call("adamw");
+                    self.bind(&mut call, "parameter", &parameter);
+                    self.bind(&mut call, "gradient", &gradient);
+                    self.bind(&mut call, "first_moment", &first);
+                    self.bind(&mut call, "second_moment", &second);
+                    self.bind(&mut call, "norm", &self.view(*norm));
+                    self.bind(&mut call, "hyper", &self.view(*hyper));
+                    call.number("count", parameter.stride).float("max_grad_norm", *max_grad_norm);
+                    call.float("beta1", betas[0]).float("beta2", betas[1]);
+                    call.float("epsilon", *epsilon).float("weight_decay", *weight_decay);
+                    self.launch(call, [groups(parameter.stride), 1, 1])?;
+                }
+                Ok(())
+            }
+            _ => unreachable!("not an operation on many tensors"),
+        }
+    }
+
+    /// Flat ranges that cover `tensors`: neighbours joined, padding between them included, and cut where a binding
+    /// ends. All views of a range have the same number of elements.
+    fn ranges<const N: usize>(&self, tensors: Vec<[View; N]>) -> Vec<[View; N]> {
+        let mut ranges: Vec<[View; N]> = Vec::new();
+        for views in tensors {
+            let views = views.map(|view| view.flat());
+            if let Some(last) = ranges.last_mut() {
+                let padded = last[0].stride.next_multiple_of(UNIT);
+                let follows = last.iter().zip(&views).all(|(left, right)| {
+                    left.place == right.place
+                        && left.dtype == right.dtype
+                        && left.offset + left.dtype.bytes(&[padded]) == right.offset
+                });
+                if follows {
+                    for (left, right) in last.iter_mut().zip(&views) {
+                        left.stride = padded + right.stride;
+                        left.width = left.stride;
+                    }
+                    continue;
+                }
+            }
+            ranges.push(views);
+        }
+        let limit = |range: &[View; N]| {
+            let widest = range.iter().map(|view| view.dtype.bytes(&[UNIT])).max().unwrap_or(1);
+            (self.facts.binding / widest) as usize * UNIT
+        };
+        ranges
+            .into_iter()
+            .flat_map(|range| {
+                let step = limit(&range).max(UNIT);
+                (0..range[0].stride).step_by(step).map(move |first| {
+                    range.map(|view| {
+                        let count = step.min(view.stride - first);
+                        let offset = view.offset + view.dtype.bytes(&[first]);
+                        View { offset, stride: count, width: count, ..view }
+                    })
+                })
+            })
+            .collect()
+    }
+}
+
+fn groups(count: usize) -> usize {
+    count.div_ceil(256).min(16384)
+}
+
+fn norm_groups(count: usize) -> usize {
+    count.div_ceil(2048).min(1024)
+}

@@ -1,0 +1,350 @@
+//! Matrix products: which kernel, in which tiles, split how.
+
+use super::{Call, Lowering};
+use crate::backend::EngineError;
+use crate::backend::wgpu::storage::View;
+use crate::program::{DType, Dropout};
+
+/// Which operand is stored transposed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// `A [m, k] · B [n, k]ᵀ`: activations times a weight.
+    NT,
+    /// `A [m, k] · B [k, n]`: gradients times a weight.
+    NN,
+    /// `A [k, m]ᵀ · B [k, n]`: gradients times activations.
+    TN,
+}
+
+/// What multiplies a product.
+#[derive(Clone, Copy, Debug)]
+pub struct Scaling {
+    pub alpha: f32,
+    /// f32 `[1]` in device memory: the LoRA scale.
+    pub scale: Option<View>,
+    /// The product is of gradients of this type and goes to a parameter's gradient.
+    pub gradient: Option<DType>,
+}
+
+impl Scaling {
+    pub const ONE: Scaling = Scaling { alpha: 1.0, scale: None, gradient: None };
+
+    pub fn unscaled(gradient: DType) -> Scaling {
+        Scaling { gradient: Some(gradient), ..Scaling::ONE }
+    }
+
+    pub fn by(scale: View) -> Scaling {
+        Scaling { scale: Some(scale), ..Scaling::ONE }
+    }
+}
+
+/// The second pair of a product, of depth `k`: `a [m, k]`, `b` in the layout of the first.
+#[derive(Clone, Copy, Debug)]
+pub struct Second {
+    pub a: View,
+    pub b: View,
+    pub k: usize,
+    /// Multiplies this pair alone.
+    pub scale: Option<View>,
+}
+
+/// Projections side by side, with LoRA columns of their own.
+#[derive(Clone, Copy, Debug)]
+pub struct Segments {
+    pub rank: usize,
+    /// Where the second, third and fourth begin.
+    pub starts: [usize; 3],
+    /// They are rows of the result, not columns.
+    pub rows: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropSite {
+    /// On `A`, element (m, k).
+    A,
+    /// On `B`, element (k, n).
+    B,
+    /// On the product, element (m, n).
+    C,
+}
+
+/// `C = scaling · (A · B + A2 · B2) + bias (+ C)`.
+#[derive(Clone, Debug)]
+pub struct Product {
+    pub layout: Layout,
+    pub a: View,
+    pub b: View,
+    pub c: View,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub scaling: Scaling,
+    pub second: Option<Second>,
+    pub segments: Option<Segments>,
+    pub bias: Option<View>,
+    pub accumulate: bool,
+    pub dropout: Option<(DropSite, Dropout)>,
+}
+
+impl Product {
+    pub fn new(layout: Layout, a: View, b: View, c: View) -> Product {
+        let (m, k) = if layout == Layout::TN { (a.width, a.rows) } else { (a.rows, a.width) };
+        let n = if layout == Layout::NT { b.rows } else { b.width };
+        Product {
+            layout,
+            a,
+            b,
+            c,
+            m,
+            n,
+            k,
+            scaling: Scaling::ONE,
+            second: None,
+            segments: None,
+            bias: None,
+            accumulate: false,
+            dropout: None,
+        }
+    }
+
+    /// Whether A's rows, as stored, can be read four elements at a time.
+    fn a_by_fours(&self) -> bool {
+        let along = if self.layout == Layout::TN { self.m } else { self.k };
+        self.a.by_fours() && along.is_multiple_of(4)
+    }
+
+    fn b_by_fours(&self) -> bool {
+        let along = if self.layout == Layout::NT { self.k } else { self.n };
+        self.b.by_fours() && along.is_multiple_of(4)
+    }
+}
+
+/// A workgroup's tile, and how its threads or subgroups share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tile {
+    bm: usize,
+    bn: usize,
+    bk: usize,
+    share: Share,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Share {
+    /// A thread's part of the tile, in fours.
+    Threads { tm4: usize, tn4: usize },
+    /// Subgroups down and across, on cooperative matrices.
+    Subgroups { down: usize, across: usize },
+}
+
+const fn threads(bm: usize, bn: usize, bk: usize, tm4: usize, tn4: usize) -> Tile {
+    Tile { bm, bn, bk, share: Share::Threads { tm4, tn4 } }
+}
+
+const fn subgroups(bm: usize, bn: usize, bk: usize, down: usize, across: usize) -> Tile {
+    Tile { bm, bn, bk, share: Share::Subgroups { down, across } }
+}
+
+impl Tile {
+    fn constants(&self, call: &mut Call) {
+        let Tile { bm, bn, bk, .. } = *self;
+        call.constant("BM", bm as u32).constant("BN", bn as u32).constant("BK", bk as u32);
+        match self.share {
+            Share::Threads { tm4, tn4 } => {
+                call.constant("TM4", tm4 as u32).constant("TN4", tn4 as u32);
+            }
+            Share::Subgroups { down, across } => {
+                let threads = down * across * 32;
+                call.constant("HALF", 1).constant("COOPERATIVE", 1);
+                call.constant("SM", down as u32).constant("SN", across as u32);
+                call.constant("FM", (bm / down / 16) as u32).constant("FN", (bn / across / 16) as u32);
+                call.constant("K_FRAGMENTS", (bk / 16) as u32);
+                call.constant("A_LOADS", (bm * bk / 4 / threads) as u32);
+                call.constant("B_LOADS", (bn * bk / 4 / threads) as u32);
+            }
+        }
+    }
+
+    fn is_cooperative(&self) -> bool {
+        matches!(self.share, Share::Subgroups { .. })
+    }
+
+    fn count(&self, product: &Product) -> usize {
+        product.m.div_ceil(self.bm) * product.n.div_ceil(self.bn)
+    }
+}
+
+impl Lowering<'_> {
+    pub(super) fn product(&mut self, product: &Product) -> Result<(), EngineError> {
+        if product.m == 0 || product.n == 0 {
+            return Ok(());
+        }
+        let tile = self.tile(product);
+        let tiles = tile.count(product);
+        let steps = product.k.div_ceil(tile.bk);
+        let wanted = self.facts.workgroups as usize;
+        let splittable = product.second.is_none()
+            && product.bias.is_none()
+            && !product.dropout.is_some_and(|(site, _)| site == DropSite::C);
+        let splits = if splittable && tiles * 2 <= wanted {
+            // A part sums at least 128 terms, and all parts together take a modest scratch.
+            let most = (steps * tile.bk / 128).max(1);
+            (wanted / tiles).min(most).clamp(1, 64)
+        } else {
+            1
+        };
+        let split_steps = steps.div_ceil(splits);
+        let splits = steps.div_ceil(split_steps.max(1)).max(1);
+        let c = if splits > 1 { self.scratch(splits * product.m * product.n) } else { product.c };
+        let mut call = self.call(if tile.is_cooperative() { "matmul_cooperative" } else { "matmul" });
+        tile.constants(&mut call);
+        call.flag("A_BY_K", product.layout != Layout::TN).flag("B_BY_K", product.layout == Layout::NT);
+        call.flag("EXACT", product.k.is_multiple_of(tile.bk)).flag("SPLIT", splits > 1);
+        let vector_a = product.a_by_fours();
+        let vector_b = product.b_by_fours();
+        let vector_c = product.n.is_multiple_of(4)
+            && (splits > 1 || (c.by_fours() && product.bias.is_none_or(|bias| bias.elements().is_multiple_of(4))));
+        self.bind_as(&mut call, "a", &product.a, vector_a);
+        self.bind_as(&mut call, "b", &product.b, vector_b);
+        call.flag("VECTOR_A", vector_a).flag("VECTOR_B", vector_b).flag("VECTOR_C", vector_c);
+        self.bind_as(&mut call, "c", &c, vector_c);
+        call.number("m", product.m).number("n", product.n).number("k", product.k);
+        call.number("a_stride", product.a.stride).number("a_start", product.a.start);
+        call.number("b_stride", product.b.stride).number("b_start", product.b.start);
+        call.number("c_stride", c.stride).number("c_start", c.start);
+        call.number("split_steps", split_steps);
+        if let Some(second) = &product.second {
+            call.constant("SECOND", 1);
+            self.bind_as(&mut call, "a2", &second.a, tile.is_cooperative());
+            self.bind_as(&mut call, "b2", &second.b, tile.is_cooperative());
+            if let Some(scale) = &second.scale {
+                call.constant("SCALE_SECOND", 1);
+                self.bind(&mut call, "scale", scale);
+            }
+            call.number("k2", second.k);
+            call.number("a2_stride", second.a.stride).number("a2_start", second.a.start);
+            call.number("b2_stride", second.b.stride).number("b2_start", second.b.start);
+        }
+        if let Some(segments) = &product.segments {
+            call.constant("SEGMENTED", 1).flag("SEGMENT_ROWS", segments.rows).number("rank", segments.rank);
+            call.number("segment1", segments.starts[0]).number("segment2", segments.starts[1]);
+            call.number("segment3", segments.starts[2]);
+        }
+        if let Some(bias) = &product.bias {
+            call.constant("BIAS", 1);
+            self.bind_as(&mut call, "bias", bias, vector_c);
+        }
+        if let Some((site, dropout)) = &product.dropout {
+            call.constant("DROPOUT", 1).flag("DROP_A", *site == DropSite::A);
+            call.flag("DROP_B", *site == DropSite::B).flag("DROP_C", *site == DropSite::C);
+            self.bind(&mut call, "key", &self.view(dropout.key));
+            call.number("stream", dropout.stream as usize).float("probability", dropout.probability);
+            call.float("keep_scale", 1.0 / (1.0 - dropout.probability));
+        }
+        let mut alpha = product.scaling.alpha;
+        if splits == 1 {
+            call.flag("ACCUMULATE", product.accumulate);
+            alpha *= self.bind_scaling(&mut call, &product.scaling);
+        }
+        call.float("alpha", alpha);
+        self.launch(call, [product.n.div_ceil(tile.bn), product.m.div_ceil(tile.bm), splits])?;
+        if splits > 1 {
+            let target = View { width: product.n, rows: product.m, ..product.c };
+            self.partial_sum(&c, splits, &target, &product.scaling, product.accumulate)?;
+        }
+        Ok(())
+    }
+
+    fn bind_scaling(&self, call: &mut Call, scaling: &Scaling) -> f32 {
+        if let Some(scale) = &scaling.scale {
+            call.constant("SCALE", 1);
+            self.bind(call, "scale", scale);
+        }
+        scaling.gradient.map_or(1.0, |dtype| self.bind_unscale(call, dtype))
+    }
+
+    /// Adds `layers` of partial sums into `target`.
+    pub(super) fn partial_sum(
+        &mut self,
+        parts: &View,
+        layers: usize,
+        target: &View,
+        scaling: &Scaling,
+        accumulate: bool,
+    ) -> Result<(), EngineError> {
+        let mut call = self.call("partial_sum");
+        self.bind(&mut call, "parts", parts);
+        self.bind(&mut call, "output", target);
+        call.flag("ACCUMULATE", accumulate);
+        let alpha = scaling.alpha * self.bind_scaling(&mut call, scaling);
+        call.number("rows", target.rows).number("columns", target.width).number("layers", layers);
+        call.number("stride", target.stride).number("start", target.start).float("alpha", alpha);
+        self.launch(call, [(target.rows * target.width).div_ceil(256), 1, 1])
+    }
+
+    fn tile(&self, product: &Product) -> Tile {
+        if self.is_cooperative(product) {
+            return self.cooperative_tile(product);
+        }
+        if product.n <= 16 {
+            threads(64, 16, 32, 1, 1)
+        } else if product.m <= 16 {
+            threads(16, 64, 32, 1, 1)
+        } else if self.facts.software {
+            // What vectors of a processor like: 1.5 times the small thread tiles under lavapipe.
+            let large = product.segments.is_none() && product.m > 64 && product.n > 64;
+            if large { threads(128, 128, 16, 4, 4) } else { threads(64, 64, 16, 4, 4) }
+        } else if product.segments.is_some() || product.m <= 64 || product.n <= 64 || self.is_small(product) {
+            threads(64, 64, 16, 2, 2)
+        } else {
+            threads(128, 128, 16, 2, 2)
+        }
+    }
+
+    /// Too small to fill the device with large tiles.
+    fn is_small(&self, product: &Product) -> bool {
+        product.m.div_ceil(128) * product.n.div_ceil(128) < self.facts.workgroups as usize
+    }
+
+    /// Whether the product can run on cooperative matrices: f16 activations, everything in fours, no dropout.
+    fn is_cooperative(&self, product: &Product) -> bool {
+        let second = product.second.is_none_or(|second| {
+            second.k.is_multiple_of(4)
+                && second.a.by_fours()
+                && second.b.by_fours()
+                && (product.layout == Layout::NT || product.n.is_multiple_of(4))
+        });
+        self.facts.cooperative
+            && product.a.dtype == DType::F16
+            && product.dropout.is_none()
+            && product.m >= 16
+            && product.n >= 4
+            && product.a_by_fours()
+            && product.b_by_fours()
+            && product.n.is_multiple_of(4)
+            && product.c.by_fours()
+            && product.bias.is_none_or(|bias| bias.elements().is_multiple_of(4))
+            && second
+    }
+
+    fn cooperative_tile(&self, product: &Product) -> Tile {
+        // Projections side by side start at multiples of a tile.
+        let aligned = product.segments.is_none_or(|segments| {
+            segments.starts.iter().all(|&start| start == u32::MAX as usize || start.is_multiple_of(128))
+        });
+        let large = subgroups(128, 128, 32, 2, 2);
+        if product.n <= 16 {
+            subgroups(if aligned { 128 } else { 64 }, 16, 32, if aligned { 4 } else { 2 }, 1)
+        } else if product.m <= 16 {
+            subgroups(16, 128, 32, 1, 4)
+        } else if aligned
+            && product.m > 64
+            && product.n > 64
+            && large.count(product) * 10 >= self.facts.workgroups as usize * 6
+            && self.facts.workgroup_bytes >= 46 << 10
+        {
+            large
+        } else {
+            subgroups(64, 64, 32, 2, 2)
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Operations that treat rows one by one: embedding, norms, rotary positions, gated units.
+
+use super::{Call, Lowering};
+use crate::backend::EngineError;
+use crate::backend::wgpu::storage::View;
+use crate::program::{Activation, Direction, Op};
+
+impl Lowering<'_> {
+    pub(super) fn rows(&mut self, op: &Op) -> Result<(), EngineError> {
+        match op {
+            Op::Embedding { ids, weight, output, scale } => {
+                let (ids, weight, output) = (self.view(*ids), self.view(*weight), self.view(*output));
+                for (first, part) in self.parts(&weight) {
+                    let part = self.unpacked(&part)?;
+                    let mut call = self.call("embedding");
+                    self.bind(&mut call, "ids", &ids);
+                    self.bind(&mut call, "weight", &part);
+                    self.bind(&mut call, "output", &output);
+                    call.number("first", first).number("rows", part.rows).number("columns", part.stride);
+                    call.float("scale", *scale);
+                    self.launch(call, [ids.elements(), 1, 1])?;
+                }
+                Ok(())
+            }
+            Op::EmbeddingBackward { ids, grad_output, grad_weight, scale } => {
+                let (ids, grad_output, weight) = (self.view(*ids), self.view(*grad_output), self.view(*grad_weight));
+                for (first, part) in self.parts(&weight) {
+                    let mut call = self.call("embedding_backward");
+                    self.bind(&mut call, "ids", &ids);
+                    self.bind(&mut call, "grad_output", &grad_output);
+                    self.bind(&mut call, "grad_weight", &part);
+                    let unscale = self.bind_unscale(&mut call, grad_output.dtype);
+                    call.number("first", first).number("rows", part.rows).number("columns", part.stride);
+                    call.number("tokens", ids.elements()).float("scale", *scale * unscale);
+                    self.launch(call, [ids.elements(), 1, 1])?;
+                }
+                Ok(())
+            }
+            Op::RmsNorm { input, residual, sum, weight, output, inverse_rms, epsilon, weight_offset } => {
+                let input = self.view(*input);
+                let mut call = self.call("rms_norm");
+                self.bind(&mut call, "input", &input);
+                if let (Some(residual), Some(sum)) = (residual, sum) {
+                    call.constant("RESIDUAL", 1);
+                    self.bind(&mut call, "residual", &self.view(*residual));
+                    self.bind(&mut call, "sum", &self.view(*sum));
+                }
+                self.bind(&mut call, "weight", &self.view(*weight));
+                self.bind(&mut call, "output", &self.view(*output));
+                self.bind(&mut call, "inverse_rms", &self.view(*inverse_rms));
+                call.number("columns", input.stride).float("epsilon", *epsilon).float("weight_offset", *weight_offset);
+                self.launch(call, [input.rows, 1, 1])
+            }
+            Op::RmsNormBackward {
+                grad_output,
+                input,
+                weight,
+                inverse_rms,
+                residual_grad,
+                grad_input,
+                grad_weight,
+                weight_offset,
+            } => {
+                let (grad, input, inverse) = (self.view(*grad_output), self.view(*input), self.view(*inverse_rms));
+                if let Some(grad_weight) = grad_weight {
+                    let grad_weight = self.view(*grad_weight);
+                    self.column_sum(&grad, Some((&input, &inverse)), &grad_weight)?;
+                }
+                let mut call = self.call("rms_norm_backward");
+                self.bind(&mut call, "grad_output", &grad);
+                self.bind(&mut call, "input", &input);
+                self.bind(&mut call, "weight", &self.view(*weight));
+                self.bind(&mut call, "inverse_rms", &inverse);
+                if let Some(residual) = residual_grad {
+                    call.constant("RESIDUAL", 1);
+                    self.bind(&mut call, "residual_grad", &self.view(*residual));
+                }
+                self.bind(&mut call, "grad_input", &self.view(*grad_input));
+                call.number("columns", input.stride).float("weight_offset", *weight_offset);
+                self.launch(call, [input.rows, 1, 1])
+            }
+            Op::Rope { tensor, positions, inverse_frequency, head_dim, rotary_dim, scale, direction } => {
+                let tensor = self.columns(tensor);
+                let mut call = self.call("rope");
+                self.bind(&mut call, "tensor", &tensor);
+                self.bind(&mut call, "positions", &self.view(*positions));
+                self.bind(&mut call, "inverse_frequency", &self.view(*inverse_frequency));
+                call.number("stride", tensor.stride).number("start", tensor.start);
+                call.number("heads", tensor.width / head_dim).number("head_dim", *head_dim);
+                call.number("rotary", *rotary_dim).float("scale", *scale);
+                call.float("sign", if *direction == Direction::Forward { 1.0 } else { -1.0 });
+                self.launch(call, [tensor.rows, 1, 1])
+            }
+            Op::Glu { gate_up, output, activation } => {
+                let output = self.view(*output);
+                let (mut call, groups) = self.gated("glu", &output, *activation);
+                let vector = output.stride.is_multiple_of(4);
+                self.bind_as(&mut call, "gate_up", &self.view(*gate_up), vector);
+                self.bind_as(&mut call, "output", &output, vector);
+                self.launch(call, [groups, output.rows, 1])
+            }
+            Op::GluBackward { grad_output, gate_up, grad_gate_up, activation } => {
+                let grad = self.view(*grad_output);
+                let (mut call, groups) = self.gated("glu_backward", &grad, *activation);
+                let vector = grad.stride.is_multiple_of(4);
+                self.bind_as(&mut call, "grad_output", &grad, vector);
+                self.bind_as(&mut call, "gate_up", &self.view(*gate_up), vector);
+                self.bind_as(&mut call, "grad_gate_up", &self.view(*grad_gate_up), vector);
+                self.launch(call, [groups, grad.rows, 1])
+            }
+            Op::GatherRows { input, rows, output } => {
+                let (input, rows) = (self.view(*input), self.view(*rows));
+                let mut call = self.call("gather_rows");
+                self.bind(&mut call, "input", &input);
+                self.bind(&mut call, "rows", &rows);
+                self.bind(&mut call, "output", &self.view(*output));
+                call.number("rows", input.rows).number("columns", input.stride);
+                self.launch(call, [rows.elements(), 1, 1])
+            }
+            _ => unreachable!("not an operation on rows"),
+        }
+    }
+
+    fn gated(&self, file: &'static str, narrow: &View, activation: Activation) -> (Call, usize) {
+        let width = if narrow.stride.is_multiple_of(4) { 4 } else { 1 };
+        let mut call = self.call(file);
+        call.flag("SILU", activation == Activation::Silu).flag("VECTOR", width == 4).constant("WIDTH", width as u32);
+        call.number("columns", narrow.stride);
+        (call, narrow.stride.div_ceil(256 * width))
+    }
+
+    /// Parts of a table that fit a binding, each with its first row; of a quantized one, once they are unpacked.
+    pub(super) fn parts(&self, table: &View) -> Vec<(usize, View)> {
+        let quantized = table.dtype.is_quantized();
+        let dtype = if quantized { self.unpacked_type() } else { table.dtype };
+        let row = dtype.bytes(&[1, table.stride]).max(1);
+        if row * table.rows as u64 <= self.facts.binding {
+            return vec![(0, *table)];
+        }
+        let rows = ((self.facts.binding / row) as usize / 128 * 128).max(128);
+        (0..table.rows)
+            .step_by(rows)
+            .map(|first| {
+                let count = rows.min(table.rows - first);
+                (first, if quantized { table.skip_rows(first, count) } else { table.slice_rows(first, count) })
+            })
+            .collect()
+    }
+
+    /// `target[column] += Σ_row grad[row, column]`, with `norm` times `input · inverse_rms`.
+    pub(super) fn column_sum(
+        &mut self,
+        grad: &View,
+        norm: Option<(&View, &View)>,
+        target: &View,
+    ) -> Result<(), EngineError> {
+        let part_rows = grad.rows.div_ceil(64).max(16);
+        let layers = grad.rows.div_ceil(part_rows);
+        let parts = self.scratch(layers * grad.width);
+        let mut call = self.call("column_sum");
+        self.bind(&mut call, "grad", grad);
+        if let Some((input, inverse)) = norm {
+            call.constant("NORM", 1);
+            self.bind(&mut call, "input", input);
+            self.bind(&mut call, "inverse_rms", inverse);
+        }
+        self.bind(&mut call, "parts", &parts);
+        call.number("rows", grad.rows).number("columns", grad.width).number("part_rows", part_rows);
+        call.number("stride", grad.stride).number("start", grad.start);
+        self.launch(call, [grad.width.div_ceil(64), layers, 1])?;
+        let target = View { rows: 1, stride: grad.width, start: 0, width: grad.width, ..*target };
+        self.partial_sum(&parts, layers, &target, &super::product::Scaling::unscaled(grad.dtype), true)
+    }
+}

@@ -1,0 +1,39 @@
+//! The WGSL engine: the programs of a plan on any Vulkan, Metal or DX12 adapter, through wgpu.
+//!
+//! ```text
+//! adapter    which adapters there are, what they may do, their errors
+//! storage    where buffers lie: arena segments and slabs
+//! lower      operations -> dispatches
+//! kernel     a shader file with constants, bindings and parameters -> WGSL
+//! template   the directives in shader files
+//! session    buffers, pipelines and launches on an open device
+//! ```
+//!
+//! The shaders are in `shaders/`, one file an operation, each with its formula.
+
+mod adapter;
+mod cache;
+mod kernel;
+mod lower;
+mod quantized;
+mod session;
+mod storage;
+mod tables;
+mod template;
+mod upload;
+
+use std::sync::Arc;
+
+pub use adapter::{AdapterReport, Options, adapters, report, target};
+pub use session::WgpuSession;
+
+use super::{EngineError, WeightSource};
+use crate::program::Plan;
+
+/// Opens a plan made for [`target`] of the same options.
+///
+/// # Errors
+/// When the adapter is not there, the plan is beyond it, or memory runs out.
+pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, options: &Options) -> Result<WgpuSession, EngineError> {
+    WgpuSession::open(plan, weights, options)
+}

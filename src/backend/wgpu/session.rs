@@ -1,0 +1,422 @@
+//! A session: buffers on the device, pipelines, and the dispatches of every program, ready to be sent.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
+use super::kernel::Kernel;
+use super::lower::{Dispatch, Facts, Lowering};
+use super::storage::{Place, Storage};
+use super::{tables, upload};
+use crate::backend::{EngineError, Session, WeightSource};
+use crate::program::{BufferId, DType, Kind, Plan};
+
+/// Slabs of persistent buffers are at most this large, unless one buffer alone is.
+const SLAB_BYTES: u64 = 1 << 30;
+
+/// Uploads in flight are waited for after this many bytes: staging memory holds them until then.
+const UPLOAD_BYTES: u64 = 256 << 20;
+
+struct Launch {
+    kernel: usize,
+    bindings: wgpu::BindGroup,
+    grid: [u32; 3],
+}
+
+/// A program's launches, and where each step's begin.
+struct Prepared {
+    launches: Vec<Launch>,
+    steps: Vec<usize>,
+}
+
+pub struct WgpuSession {
+    plan: Plan,
+    gpu: Arc<Gpu>,
+    storage: Storage,
+    memory: Memory,
+    compiled: Vec<Arc<Compiled>>,
+    programs: Vec<Prepared>,
+    staging: Option<wgpu::Buffer>,
+    gradient_factor: Option<f32>,
+    allocated: u64,
+}
+
+struct Memory {
+    segments: Vec<wgpu::Buffer>,
+    slabs: Vec<wgpu::Buffer>,
+    scratch: Option<wgpu::Buffer>,
+    unpacked: Option<wgpu::Buffer>,
+    tables: wgpu::Buffer,
+}
+
+impl Memory {
+    fn buffer(&self, place: Place) -> &wgpu::Buffer {
+        match place {
+            Place::Segment(index) => &self.segments[index],
+            Place::Slab(index) => &self.slabs[index],
+            Place::Scratch => self.scratch.as_ref().expect("allocated where a dispatch uses it"),
+            Place::Tables => &self.tables,
+            Place::Unpacked => self.unpacked.as_ref().expect("allocated where a dispatch uses it"),
+        }
+    }
+}
+
+impl WgpuSession {
+    /// Opens the adapter, loads the weights and prepares every program.
+    ///
+    /// # Errors
+    /// When the adapter is not there, the plan is beyond it, or memory runs out.
+    pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, options: &Options) -> Result<WgpuSession, EngineError> {
+        let gpu = Gpu::shared(options)?;
+        let software = gpu.info.device_type == wgpu::DeviceType::Cpu;
+        let facts = Facts {
+            software,
+            f16: gpu.f16,
+            cooperative: gpu.cooperative,
+            binding: binding_limit(&gpu.limits),
+            workgroup_bytes: gpu.limits.max_compute_workgroup_storage_size,
+            workgroups: if software { 4 } else { 256 },
+        };
+        let largest = SLAB_BYTES.min(facts.binding).min(gpu.limits.max_buffer_size);
+        let storage = Storage::new(&plan, largest, facts.f16 && plan.target.compute == DType::F16);
+        let mut lowering = Lowering::new(&plan, &storage, facts);
+        let mut ranges = Vec::new();
+        for program in &plan.workload.programs {
+            let start = lowering.dispatches.len();
+            let mut steps = vec![0];
+            for step in &program.steps {
+                lowering.op(&step.op).map_err(|error| at_step(error, &program.name, &step.name))?;
+                steps.push(lowering.dispatches.len() - start);
+            }
+            ranges.push((start..lowering.dispatches.len(), steps));
+        }
+        let Lowering { kernels, dispatches, scratch, unpacked, gradient_scale, .. } = lowering;
+        let mut allocated = 0;
+        let mut allocate = |label: String, size: u64, usage: wgpu::BufferUsages| {
+            let size = size.next_multiple_of(256).max(256);
+            if size > gpu.limits.max_buffer_size {
+                let limit = gpu.limits.max_buffer_size;
+                let what = format!("{label} takes {size} bytes, the adapter's buffers at most {limit}");
+                return Err(EngineError::Unsupported { engine: ENGINE, what });
+            }
+            allocated += size;
+            let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+            let descriptor = wgpu::BufferDescriptor { label: Some(&label), size, usage, mapped_at_creation: false };
+            let buffer = gpu.device.create_buffer(&descriptor);
+            match pollster::block_on(scope.pop()) {
+                None => Ok(buffer),
+                Some(_) => {
+                    let what = format!(
+                        "{label} of {size} bytes, after {} others; use a smaller micro-batch, more \
+                         recomputation, or quantized weights",
+                        allocated - size
+                    );
+                    Err(EngineError::OutOfMemory { engine: ENGINE, what })
+                }
+            }
+        };
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+        let mut all = |name: &str, sizes: &[u64]| -> Result<Vec<wgpu::Buffer>, EngineError> {
+            sizes.iter().enumerate().map(|(index, &size)| allocate(format!("{name} {index}"), size, usage)).collect()
+        };
+        let values = tables::values();
+        let table = all("tables", &[4 * values.len() as u64])?.remove(0);
+        gpu.queue.write_buffer(&table, 0, bytemuck::cast_slice(&values));
+        let memory = Memory {
+            tables: table,
+            segments: all("arena segment", &storage.segments)?,
+            slabs: all("slab", &storage.slabs)?,
+            scratch: all("scratch", &[scratch])?.pop(),
+            unpacked: if unpacked > 0 { all("unpacked weight", &[unpacked])?.pop() } else { None },
+        };
+        let (packed, offsets) = pack(&dispatches);
+        let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+        let parameters = allocate("parameters".into(), packed.len() as u64, uniform)?;
+        gpu.queue.write_buffer(&parameters, 0, &packed);
+        let before = gpu.compiled.lock().map_or(0, |compiled| compiled.len());
+        let compiled = kernels.par_iter().map(|kernel| compile(&gpu, kernel)).collect::<Result<Vec<_>, _>>()?;
+        gpu.failure.check()?;
+        if gpu.compiled.lock().map_or(0, |compiled| compiled.len()) > before {
+            gpu.keep_pipelines();
+        }
+        let mut launches = dispatches.iter().zip(&offsets).map(|(dispatch, &offset)| Launch {
+            kernel: dispatch.kernel,
+            bindings: bind_group(&gpu, &compiled[dispatch.kernel], &memory, &parameters, dispatch, offset),
+            grid: dispatch.grid,
+        });
+        let mut programs = Vec::new();
+        for (range, steps) in ranges {
+            programs.push(Prepared { launches: launches.by_ref().take(range.len()).collect(), steps });
+        }
+        drop(launches);
+        gpu.failure.check()?;
+        let mut session = WgpuSession {
+            plan,
+            gpu,
+            storage,
+            memory,
+            compiled,
+            programs,
+            staging: None,
+            gradient_factor: gradient_scale.map(|scale| scale.factor),
+            allocated,
+        };
+        session.load(weights.as_ref())?;
+        Ok(session)
+    }
+
+    /// What gradients of activations are multiplied by, times the loss scale, in f16 programs: their values inside
+    /// the engine are `factor / loss_scale` times the true ones. None where they are true.
+    pub fn gradient_factor(&self) -> Option<f32> {
+        self.gradient_factor
+    }
+
+    /// Writes weights and constants.
+    fn load(&mut self, weights: &dyn WeightSource) -> Result<(), EngineError> {
+        let mut waiting = 0;
+        for index in 0..self.plan.workload.buffers.len() {
+            let buffer = &self.plan.workload.buffers[index];
+            if buffer.kind != Kind::Weight {
+                continue;
+            }
+            let view = self.storage.view(BufferId(index as u32));
+            let tensor = weights.tensor(&buffer.name)?;
+            if tensor.shape != buffer.shape {
+                let what =
+                    format!("has shape {:?} in the checkpoint, the model wants {:?}", tensor.shape, buffer.shape);
+                return Err(EngineError::Weight { name: buffer.name.clone(), what });
+            }
+            let bytes = upload::converted(&buffer.name, tensor.dtype, view.dtype, &buffer.shape, tensor.bytes)?;
+            self.upload(view.place, view.offset, &bytes)?;
+            waiting += bytes.len() as u64;
+            if waiting > UPLOAD_BYTES {
+                self.gpu.queue.submit([]);
+                self.gpu.wait()?;
+                waiting = 0;
+            }
+        }
+        for (id, values) in &self.plan.workload.constants {
+            let view = self.storage.view(*id);
+            self.upload(view.place, view.offset, bytemuck::cast_slice(values))?;
+        }
+        self.gpu.queue.submit([]);
+        self.gpu.wait()
+    }
+
+    /// Copies bytes to a place; a length that is no multiple of 4 is padded (entries have room for it).
+    fn upload(&self, place: Place, offset: u64, bytes: &[u8]) -> Result<(), EngineError> {
+        let whole = bytes.len() / 4 * 4;
+        let target = self.memory.buffer(place);
+        for (index, part) in bytes[..whole].chunks(64 << 20).enumerate() {
+            self.gpu.queue.write_buffer(target, offset + ((index as u64) << 26), part);
+        }
+        if whole < bytes.len() {
+            let mut last = [0; 4];
+            last[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
+            self.gpu.queue.write_buffer(target, offset + whole as u64, &last);
+        }
+        self.gpu.failure.check()
+    }
+
+    fn submit(&self, launches: &[Launch]) -> Result<(), EngineError> {
+        let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            let mut current = usize::MAX;
+            for launch in launches {
+                if launch.kernel != current {
+                    pass.set_pipeline(&self.compiled[launch.kernel].pipeline);
+                    current = launch.kernel;
+                }
+                pass.set_bind_group(0, &launch.bindings, &[]);
+                pass.dispatch_workgroups(launch.grid[0], launch.grid[1], launch.grid[2]);
+            }
+        }
+        self.gpu.queue.submit([encoder.finish()]);
+        self.gpu.failure.check()
+    }
+
+    fn check_length(&self, buffer: BufferId, given: usize) -> Result<(), EngineError> {
+        let entry = self.plan.workload.buffer(buffer);
+        if entry.bytes() == given as u64 && !entry.dtype.is_quantized() {
+            return Ok(());
+        }
+        let (name, dtype) = (&entry.name, entry.dtype.name());
+        let what = format!("{name} is {} bytes of {dtype}, the caller's buffer {given}", entry.bytes());
+        Err(EngineError::Unsupported { engine: ENGINE, what })
+    }
+}
+
+impl Session for WgpuSession {
+    fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn write(&mut self, buffer: BufferId, bytes: &[u8]) -> Result<(), EngineError> {
+        self.check_length(buffer, bytes.len())?;
+        let (view, entry) = (self.storage.view(buffer), self.plan.workload.buffer(buffer));
+        let bytes = upload::converted(&entry.name, entry.dtype, view.dtype, &entry.shape, bytes)?;
+        self.upload(view.place, view.offset, &bytes)
+    }
+
+    fn read(&mut self, buffer: BufferId, bytes: &mut [u8]) -> Result<(), EngineError> {
+        self.check_length(buffer, bytes.len())?;
+        let (view, entry) = (self.storage.view(buffer), self.plan.workload.buffer(buffer));
+        let size = (bytes.len() as u64).next_multiple_of(4);
+        if self.staging.as_ref().is_none_or(|staging| staging.size() < size) {
+            self.staging = Some(self.gpu.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("read"),
+                size: size.next_multiple_of(4096),
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            }));
+        }
+        let staging = self.staging.as_ref().expect("made above");
+        let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        encoder.copy_buffer_to_buffer(self.memory.buffer(view.place), view.offset, staging, 0, size);
+        self.gpu.queue.submit([encoder.finish()]);
+        let slice = staging.slice(..size);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        slice.map_async(wgpu::MapMode::Read, move |result| {
+            let _ = sender.send(result);
+        });
+        self.gpu.wait()?;
+        let failed =
+            |what: String| EngineError::Device { engine: ENGINE, what: format!("reading {}: {what}", entry.name) };
+        receiver.recv().map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;
+        {
+            let mapped = slice.get_mapped_range().map_err(|error| failed(error.to_string()))?;
+            let length = bytes.len();
+            let source = upload::converted(&entry.name, view.dtype, entry.dtype, &entry.shape, &mapped[..length])?;
+            bytes.copy_from_slice(&source);
+        }
+        staging.unmap();
+        Ok(())
+    }
+
+    fn run(&mut self, program: usize) -> Result<(), EngineError> {
+        self.submit(&self.programs[program].launches)
+    }
+
+    fn run_steps(&mut self, program: usize, steps: Range<usize>) -> Result<(), EngineError> {
+        let prepared = &self.programs[program];
+        self.submit(&prepared.launches[prepared.steps[steps.start]..prepared.steps[steps.end]])
+    }
+
+    fn synchronize(&mut self) -> Result<(), EngineError> {
+        self.gpu.wait()
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        self.allocated
+    }
+}
+
+fn at_step(error: EngineError, program: &str, step: &str) -> EngineError {
+    match error {
+        EngineError::Unsupported { engine, what } => {
+            EngineError::Unsupported { engine, what: format!("{program}, {step}: {what}") }
+        }
+        other => other,
+    }
+}
+
+/// The parameters of all dispatches end to end, equal ones once; offsets are multiples of 256.
+fn pack(dispatches: &[Dispatch]) -> (Vec<u8>, Vec<u64>) {
+    let mut packed = Vec::new();
+    let mut known = std::collections::HashMap::new();
+    let offsets = dispatches
+        .iter()
+        .map(|dispatch| {
+            *known.entry(&dispatch.parameters).or_insert_with(|| {
+                let offset = packed.len();
+                packed.extend_from_slice(&dispatch.parameters);
+                packed.resize(packed.len().next_multiple_of(256), 0);
+                offset as u64
+            })
+        })
+        .collect();
+    (packed, offsets)
+}
+
+fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Arc<Compiled>, EngineError> {
+    let known = gpu.compiled.lock().ok().and_then(|compiled| compiled.get(kernel).cloned());
+    if let Some(known) = known {
+        return Ok(known);
+    }
+    let failed = |what: String| EngineError::Device { engine: ENGINE, what: format!("shader {}: {what}", kernel.file) };
+    let source = kernel.wgsl().map_err(failed)?;
+    let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let descriptor =
+        wgpu::ShaderModuleDescriptor { label: Some(kernel.file), source: wgpu::ShaderSource::Wgsl(source.into()) };
+    // SAFETY: the shaders index their buffers within the extents that lowering passes beside them, which are those
+    // of the bound ranges; token ids, rows and positions that come from data are clamped or compared in the shader.
+    // Loops are bounded by those extents.
+    let module = unsafe { gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) };
+    let entry = |binding: usize, ty: wgpu::BufferBindingType| wgpu::BindGroupLayoutEntry {
+        binding: binding as u32,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+        count: None,
+    };
+    let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
+    entries.extend(
+        kernel.bindings.iter().enumerate().map(|(index, binding)| {
+            entry(index + 1, wgpu::BufferBindingType::Storage { read_only: !binding.writable })
+        }),
+    );
+    let layout =
+        gpu.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries });
+    let pipeline_layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+        label: None,
+        bind_group_layouts: &[Some(&layout)],
+        immediate_size: 0,
+    });
+    let pipeline = gpu.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        label: Some(kernel.file),
+        layout: Some(&pipeline_layout),
+        module: &module,
+        entry_point: Some("main"),
+        compilation_options: wgpu::PipelineCompilationOptions {
+            zero_initialize_workgroup_memory: false,
+            ..Default::default()
+        },
+        cache: gpu.cache.as_ref(),
+    });
+    match pollster::block_on(scope.pop()) {
+        None => {
+            let compiled = Arc::new(Compiled { pipeline, layout });
+            if let Ok(mut known) = gpu.compiled.lock() {
+                known.insert(kernel.clone(), Arc::clone(&compiled));
+            }
+            Ok(compiled)
+        }
+        Some(error) => Err(failed(error.to_string())),
+    }
+}
+
+fn bind_group(
+    gpu: &Gpu,
+    compiled: &Compiled,
+    memory: &Memory,
+    parameters: &wgpu::Buffer,
+    dispatch: &Dispatch,
+    offset: u64,
+) -> wgpu::BindGroup {
+    let binding = |buffer, offset, size: u64| {
+        wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: std::num::NonZeroU64::new(size) })
+    };
+    let size = (dispatch.parameters.len() as u64).next_multiple_of(16);
+    let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: binding(parameters, offset, size) }];
+    entries.extend(dispatch.bindings.iter().enumerate().map(|(index, &(place, offset, size))| wgpu::BindGroupEntry {
+        binding: index as u32 + 1,
+        resource: binding(memory.buffer(place), offset, size),
+    }));
+    gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
+        label: None,
+        layout: &compiled.layout,
+        entries: &entries,
+    })
+}

@@ -1,0 +1,210 @@
+//! The WGSL engine against the CPU engine: every operation of every program of the tiny models, one by one on the
+//! same inputs, on a software adapter (Mesa lavapipe), within core WebGPU and with the adapter's features.
+
+mod twin;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tune::backend::wgpu::Options;
+use tune::backend::{EngineError, Session, WeightSource, cpu, wgpu};
+use tune::model::{
+    AdapterOptions, GenerationOptions, Method, Model, Recompute, TrainingOptions, generation_workload, names,
+    training_workload,
+};
+use tune::program::plan::plan;
+use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, random};
+
+const TOKENS: usize = 72;
+
+/// The software adapter, which `tests/mesa.sh` installs; there must be one.
+fn software(portable: bool) -> Options {
+    let adapters = wgpu::adapters();
+    let adapter = adapters.iter().find(|adapter| adapter.software);
+    let adapter = adapter.unwrap_or_else(|| panic!("no software Vulkan adapter: run tests/mesa.sh"));
+    Options { adapter: Some(adapter.index), compute: Some(DType::F32), portable }
+}
+
+fn tiny(name: &str) -> Model {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny").join(name);
+    Model::open(&folder, 0).expect("a tiny model opens")
+}
+
+fn lora(dropout: f32) -> Method {
+    let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
+    Method::Lora { adapter: AdapterOptions { rank: 4, targets, dropout }, weights: None }
+}
+
+fn training(model: &Model, method: Method, target: &Target) -> Workload {
+    let options = TrainingOptions {
+        method,
+        sizes: vec![TOKENS],
+        evaluate: true,
+        recompute: vec![Recompute::None; model.config.layers],
+        betas: [0.9, 0.999],
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        max_grad_norm: 1.0,
+        eight_bit: false,
+        generation: None,
+    };
+    training_workload(&model.config, &options, target).expect("a workload")
+}
+
+fn number(row: u32, column: u32) -> f32 {
+    random::uniform([1, 2, 3, 4], 5, row, column)
+}
+
+/// Three documents, the last one padding; random numbers in everything the programs read but the weights.
+fn write_inputs(session: &mut dyn Session) {
+    let starts = [0usize, 23, 50, TOKENS];
+    let document = |token: usize| starts.partition_point(|&start| start <= token) - 1;
+    let buffers = session.plan().workload.buffers.clone();
+    for (index, buffer) in buffers.iter().enumerate() {
+        let id = BufferId(index as u32);
+        let count = buffer.elements();
+        let part = buffer.name.rsplit('.').next().unwrap_or_default();
+        let vocabulary = 500.0;
+        let integers: Option<Vec<i32>> = match (buffer.kind, part) {
+            (Kind::Input, "ids") => Some((0..count).map(|t| (number(t as u32, 0) * vocabulary) as i32 / 3).collect()),
+            (Kind::Input, "positions") => {
+                Some((0..count).map(|t| if count == TOKENS { t - starts[document(t)] } else { t } as i32).collect())
+            }
+            (Kind::Input, "document_start") => Some((0..count).map(|t| starts[document(t)] as i32).collect()),
+            (Kind::Input, "document_end") => Some((0..count).map(|t| starts[document(t) + 1] as i32).collect()),
+            (Kind::Input, "targets") => {
+                let target =
+                    |t: usize| if t % 5 == 0 || t > 60 { -100 } else { (number(t as u32, 1) * vocabulary) as i32 };
+                Some((0..count).map(target).collect())
+            }
+            (Kind::Input, "rows") => Some(vec![0]),
+            (Kind::Input, "start") => Some(vec![7]),
+            (Kind::Scalar, "random_key") => Some(vec![3, 4, 5, 6]),
+            _ => None,
+        };
+        if let Some(values) = integers {
+            session.write(id, bytemuck::cast_slice(&values)).expect("written");
+            continue;
+        }
+        let floats: Option<Vec<f32>> = match (buffer.kind, part) {
+            (Kind::Weight | Kind::Constant, _) => None,
+            (Kind::Scalar, "hyper") => Some(vec![1e-3, 0.1, 0.03162, 0.0]),
+            (Kind::Scalar, "loss_scale") => Some(vec![1.0 / 37.0]),
+            (Kind::Scalar, "lora_scale") => Some(vec![2.0]),
+            (Kind::Optimizer, "exp_avg_sq") => Some((0..count).map(|i| number(id.0, i as u32) * 0.01).collect()),
+            (kind, _) if buffer.dtype == DType::F32 && !kind.is_transient() => {
+                Some((0..count).map(|i| (number(id.0, i as u32) - 0.5) * 0.2).collect())
+            }
+            _ => None,
+        };
+        if let Some(values) = floats {
+            session.write(id, bytemuck::cast_slice(&values)).expect("written");
+        }
+    }
+}
+
+fn read(session: &mut dyn Session, id: BufferId) -> Vec<u8> {
+    let mut bytes = vec![0; session.plan().workload.buffer(id).bytes() as usize];
+    session.read(id, &mut bytes).expect("read");
+    bytes
+}
+
+/// Runs each step of each program on the reference's inputs, and compares what it wrote.
+fn check(reference: &mut dyn Session, session: &mut dyn Session, tolerance: f64) {
+    write_inputs(reference);
+    write_inputs(session);
+    let workload = session.plan().workload.clone();
+    let mut worst: Vec<(f64, String)> = Vec::new();
+    for (program, entry) in workload.programs.iter().enumerate() {
+        for (number, step) in entry.steps.iter().enumerate() {
+            let accesses = step.op.accesses();
+            for &(id, access) in &accesses {
+                let frozen = workload.buffer(id).kind == Kind::Constant || workload.buffer(id).dtype.is_quantized();
+                if access != Access::Write && !frozen {
+                    let bytes = read(reference, id);
+                    session.write(id, &bytes).expect("written");
+                }
+            }
+            reference.run_steps(program, number..number + 1).expect("runs");
+            session.run_steps(program, number..number + 1).expect("runs");
+            for &(id, access) in &accesses {
+                let buffer = workload.buffer(id);
+                // What logits hold afterwards is the engine's own business.
+                if access == Access::Read || buffer.kind == Kind::Workspace {
+                    continue;
+                }
+                let (want, got) = (read(reference, id), read(session, id));
+                assert_eq!(buffer.dtype, DType::F32);
+                let (want, got): (&[f32], &[f32]) = (bytemuck::cast_slice(&want), bytemuck::cast_slice(&got));
+                let norm = want.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+                let difference = want.iter().zip(got).map(|(&x, &y)| f64::from(x - y).powi(2)).sum::<f64>().sqrt();
+                let error = difference / (norm + 1e-12);
+                if error.is_nan() || error > tolerance {
+                    worst.push((error, format!("{}: {} ({}): {}", entry.name, step.name, step.op.name(), buffer.name)));
+                }
+            }
+        }
+    }
+    assert!(worst.is_empty(), "{} beyond {tolerance}:\n{}", worst.len(), {
+        worst.iter().take(12).map(|(error, what)| format!("{error:.1e} {what}\n")).collect::<String>()
+    });
+}
+
+fn compare(model: &Model, workload: impl Fn(&Target) -> Workload, options: &Options) {
+    let target = cpu::target().expect("a target");
+    let mut reference =
+        cpu::open(plan(workload(&target), target).expect("a plan"), model.weights.clone()).expect("opens");
+    let target = wgpu::target(options).expect("a target");
+    let mut session =
+        wgpu::open(plan(workload(&target), target).expect("a plan"), model.weights.clone(), options).expect("opens");
+    check(&mut reference, &mut session, 1e-5);
+}
+
+fn check_twins(options: Options) {
+    let target = wgpu::target(&options).expect("a target");
+    let open = |plan: Plan, weights: Arc<dyn WeightSource>| -> Result<Box<dyn Session>, EngineError> {
+        Ok(Box::new(wgpu::open(plan, weights, &options)?))
+    };
+    twin::check_engine(&target, &open, "");
+}
+
+#[test]
+fn every_operation_agrees_with_its_twin_within_core_webgpu() {
+    check_twins(software(true));
+}
+
+#[test]
+fn every_operation_agrees_with_its_twin_in_f16() {
+    check_twins(Options { compute: Some(DType::F16), ..software(false) });
+}
+
+#[test]
+fn every_operation_of_lora_training_agrees_with_the_cpu_engine() {
+    for portable in [true, false] {
+        let model = tiny("llama");
+        compare(&model, |target| training(&model, lora(0.0), target), &software(portable));
+    }
+}
+
+#[test]
+fn dropout_draws_the_same_mask_as_the_cpu_engine() {
+    let model = tiny("llama");
+    compare(&model, |target| training(&model, lora(0.1), target), &software(true));
+}
+
+#[test]
+fn every_operation_of_full_training_agrees_with_the_cpu_engine() {
+    let model = tiny("qwen2");
+    compare(&model, |target| training(&model, Method::Full, target), &software(true));
+}
+
+#[test]
+fn generation_agrees_with_the_cpu_engine() {
+    let model = tiny("qwen2");
+    let options = GenerationOptions { capacity: 96, prefill_sizes: vec![16] };
+    compare(
+        &model,
+        |target| generation_workload(&model.config, &options, None, None, target).expect("a workload"),
+        &software(true),
+    );
+}
