@@ -3,13 +3,13 @@
 //! All matrices are row-major. cuBLASLt is column-major, where the same memory is the transpose; the product is
 //! therefore asked for as `outputᵀ = rightᵀ · leftᵀ`.
 
-use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::cublaslt::{result, sys};
 
-use super::driver::{Card, DeviceMemory, During, Event, failed};
+use super::driver::{Card, DeviceMemory, During, Event, failed, version as driver_version};
+use super::tuning::Tuning;
 use crate::backend::EngineError;
 use crate::program::DType;
 
@@ -165,7 +165,7 @@ pub(super) struct Products {
     workspace: DeviceMemory,
     /// f32 0 and 1.
     constants: DeviceMemory,
-    chosen: HashMap<String, [u64; 8]>,
+    tuning: Tuning,
 }
 
 impl Drop for Products {
@@ -181,14 +181,21 @@ fn type_of(dtype: DType) -> sys::cudaDataType {
 }
 
 impl Products {
-    pub fn new(card: &Arc<Card>) -> Result<Self, EngineError> {
+    /// `tuning`: a table that an earlier session gave.
+    pub fn new(card: &Arc<Card>, tuning: Option<&str>) -> Result<Self, EngineError> {
+        let made_with = format!(
+            "{}, driver for CUDA {}, cuBLASLt {}, workspace {WORKSPACE_BYTES}",
+            card.name,
+            driver_version(),
+            version()
+        );
         let handle = result::create_handle().during("starting cuBLASLt")?;
         Ok(Self {
             card: card.clone(),
             handle,
             workspace: DeviceMemory::new(card, WORKSPACE_BYTES, "cuBLASLt's workspace")?,
             constants: DeviceMemory::with(card, bytemuck::cast_slice(&[0.0f32, 1.0]), "constants")?,
-            chosen: HashMap::new(),
+            tuning: Tuning::new(made_with, tuning),
         })
     }
 
@@ -233,9 +240,11 @@ impl Products {
     pub fn prepare(&mut self, product: Product) -> Result<Prepared, EngineError> {
         let mut prepared = self.describe(product)?;
         let key = prepared.product.key();
-        if let Some(data) = self.chosen.get(&key) {
-            prepared.algorithm.data = *data;
-            return Ok(prepared);
+        if let Some(data) = self.tuning.get(&key) {
+            prepared.algorithm.data = data;
+            if self.takes(&prepared) {
+                return Ok(prepared);
+            }
         }
         let mut best: Option<(f32, [u64; 8])> = None;
         for candidate in self.proposals(&prepared)? {
@@ -251,8 +260,38 @@ impl Products {
         let rate = prepared.product.flops() as f64 / f64::from(milliseconds) * 1e-9;
         tracing::debug!("product {key}: {milliseconds:.4} ms, {rate:.0} TFLOP/s");
         prepared.algorithm.data = data;
-        self.chosen.insert(key, data);
+        self.tuning.insert(key, data);
         Ok(prepared)
+    }
+
+    /// The table of this session's choices.
+    pub fn tuning(&self) -> String {
+        self.tuning.text()
+    }
+
+    /// Keeps the choices for later sessions.
+    pub fn keep_tuning(&mut self) {
+        self.tuning.keep();
+    }
+
+    /// Whether the library runs the product with the algorithm that it is given.
+    fn takes(&self, prepared: &Prepared) -> bool {
+        // SAFETY: a struct of plain numbers, for which zero bytes are valid.
+        let mut result: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        // SAFETY: all descriptors are alive.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                prepared.operation,
+                prepared.right,
+                prepared.left,
+                prepared.output,
+                prepared.output,
+                &prepared.algorithm,
+                &mut result,
+            )
+        };
+        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize as u64 <= WORKSPACE_BYTES
     }
 
     fn proposals(&self, prepared: &Prepared) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
