@@ -10,9 +10,9 @@ set -u
 cd "$(dirname "$0")/.."
 STEPS=${STEPS:-10}
 if [ $# -eq 0 ]; then
-    set -- 135m:lora:8:512:none 135m:lora:8:512:0.6 135m:full:8:512:free 1b:lora:4:2048:none 1b:lora:4:2048:3.6 \
-        1b:full:4:2048:free 8b:lora:2:2048:none 8b:lora:2:2048:16.5 8b:qlora:2:2048:6.8 8b:qlora:8:2048:9.9 \
-        8b:qlora:1:32768:14 8b:qlora:8:rows:6.1 135m:lora:8:rows:free
+    set -- 135m:lora:8:512:none 135m:lora:8:512:0.58 135m:full:8:512:free 1b:lora:4:2048:none 1b:lora:4:2048:3.55 \
+        1b:full:4:2048:free 8b:lora:2:2048:none 8b:lora:2:2048:16.45 8b:qlora:2:2048:6.75 8b:qlora:8:2048:9.85 \
+        8b:qlora:1:32768:13.9 8b:qlora:8:rows:6.05 135m:lora:8:rows:free
 fi
 [ -n "${PEERS:-}" ] && export PYTHONPATH="$PEERS${PYTHONPATH:+:$PYTHONPATH}"
 rival=${RIVAL:-yes}

@@ -3,13 +3,14 @@
 //! All matrices are row-major. cuBLASLt is column-major, where the same memory is the transpose; the product is
 //! therefore asked for as `outputᵀ = rightᵀ · leftᵀ`.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::cublaslt::{result, sys};
 
 use super::driver::{Card, DeviceMemory, During, Event, failed, version as driver_version};
-use super::tuning::Tuning;
+use super::tuning::{Algorithm, Tuning};
 use crate::backend::EngineError;
 use crate::program::DType;
 
@@ -166,6 +167,10 @@ pub(super) struct Products {
     /// f32 0 and 1.
     constants: DeviceMemory,
     tuning: Tuning,
+    /// Shapes whose entry the library was asked about.
+    checked: HashSet<String>,
+    /// Answers of [`Products::second_adds`].
+    orders: HashMap<String, bool>,
 }
 
 impl Drop for Products {
@@ -196,6 +201,8 @@ impl Products {
             workspace: DeviceMemory::new(card, WORKSPACE_BYTES, "cuBLASLt's workspace")?,
             constants: DeviceMemory::with(card, bytemuck::cast_slice(&[0.0f32, 1.0]), "constants")?,
             tuning: Tuning::new(made_with, tuning),
+            checked: HashSet::new(),
+            orders: HashMap::new(),
         })
     }
 
@@ -240,9 +247,10 @@ impl Products {
     pub fn prepare(&mut self, product: Product) -> Result<Prepared, EngineError> {
         let mut prepared = self.describe(product)?;
         let key = prepared.product.key();
-        if let Some(data) = self.tuning.get(&key) {
-            prepared.algorithm.data = data;
-            if self.takes(&prepared) {
+        if let Some(chosen) = self.tuning.get(&key) {
+            prepared.algorithm.data = chosen.data;
+            if self.checked.contains(&key) || self.takes(&prepared) {
+                self.checked.insert(key);
                 return Ok(prepared);
             }
         }
@@ -260,8 +268,34 @@ impl Products {
         let rate = prepared.product.flops() as f64 / f64::from(milliseconds) * 1e-9;
         tracing::debug!("product {key}: {milliseconds:.4} ms, {rate:.0} TFLOP/s");
         prepared.algorithm.data = data;
-        self.tuning.insert(key, data);
+        self.checked.insert(key.clone());
+        self.tuning.insert(key, Algorithm { data, milliseconds });
         Ok(prepared)
+    }
+
+    /// Of two sets of products that add up in the same outputs: whether it takes less time to let `first` write and
+    /// `second` add than the other way round. By the times in the table, so that the answer repeats with it.
+    pub fn second_adds(&mut self, first: &[Product], second: &[Product]) -> Result<bool, EngineError> {
+        let key: String = first.iter().chain(second).map(|product| product.key() + ";").collect();
+        if let Some(&known) = self.orders.get(&key) {
+            return Ok(known);
+        }
+        let in_order = self.time_of(first, false)? + self.time_of(second, true)?;
+        let in_reverse = self.time_of(second, false)? + self.time_of(first, true)?;
+        self.orders.insert(key, in_order < in_reverse);
+        Ok(in_order < in_reverse)
+    }
+
+    /// Milliseconds of the products as they are, or all of them adding to their outputs.
+    fn time_of(&mut self, products: &[Product], adding: bool) -> Result<f32, EngineError> {
+        let mut sum = 0.0;
+        for product in products {
+            let product = Product { accumulate: product.accumulate || adding, ..product.clone() };
+            let key = product.key();
+            self.prepare(product)?;
+            sum += self.tuning.get(&key).map_or(0.0, |chosen| chosen.milliseconds);
+        }
+        Ok(sum)
     }
 
     /// The table of this session's choices.

@@ -11,8 +11,14 @@ use sha2::{Digest, Sha256};
 
 use super::compile::{read_checked, write_checked};
 
-/// cuBLASLt's own description of an algorithm.
-pub(super) type Algorithm = [u64; 8];
+/// What was chosen for a product.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Algorithm {
+    /// cuBLASLt's own description.
+    pub data: [u64; 8],
+    /// How long it took when it was chosen.
+    pub milliseconds: f32,
+}
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Table {
@@ -108,4 +114,33 @@ fn kept(made_with: &str) -> BTreeMap<String, Algorithm> {
     let bytes = path(made_with).as_deref().and_then(read_checked);
     let table = bytes.and_then(|bytes| serde_json::from_slice::<Table>(&bytes).ok());
     table.filter(|table| table.made_with == made_with).map(|table| table.products).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Algorithm, Tuning};
+
+    fn algorithm(number: u64) -> Algorithm {
+        Algorithm { data: [number; 8], milliseconds: 0.1 + number as f32 }
+    }
+
+    #[test]
+    fn a_saved_table_has_what_was_used_and_counts_only_for_the_same_card() {
+        let made_with = "a card of the tests".to_string();
+        let mut first = Tuning::new(made_with.clone(), None);
+        assert_eq!(first.get("2x3"), None);
+        first.insert("2x3".into(), algorithm(7));
+        first.insert("4x5".into(), algorithm(8));
+        let table = first.text();
+
+        let mut again = Tuning::new(made_with, Some(&table));
+        assert_eq!(again.get("4x5"), Some(algorithm(8)));
+        assert!(again.text().contains("4x5") && !again.text().contains("2x3"), "{}", again.text());
+        assert_eq!(again.get("2x3"), Some(algorithm(7)));
+        assert_eq!(again.text(), table);
+
+        let mut other = Tuning::new("another card of the tests".into(), Some(&table));
+        assert_eq!(other.get("2x3"), None);
+        assert_eq!(Tuning::new("a third".into(), Some("{")).text(), Tuning::new("a third".into(), None).text());
+    }
 }
