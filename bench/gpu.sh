@@ -1,38 +1,52 @@
 #!/usr/bin/env bash
 # Training steps on a card, ours and then the rival's, in one call: bash bench/gpu.sh ROW...
-# A row is MODEL:METHOD:BATCH:SEQUENCE:RECOMPUTE, such as 8b:qlora:2:2048:all; without rows, those of the design's table.
-# Ours is .gpu/step, made by `bash tests/gpu.sh build`. The rival is Unsloth through PEERS (a folder with peers.py), left
-# out with a line where PEERS is not set or Unsloth is not installed. PROFILE=1 prints where our time goes.
+# A row is MODEL:METHOD:BATCH:SEQUENCE:MEMORY, such as 8b:qlora:2:2048:all; MEMORY is what is recomputed (none, cheap,
+# all), `free` for the planner's choice, or a number of GiB for the planner to keep to. SEQUENCE `rows` takes the rows of
+# bench/alpaca_lengths.json. Without rows, those of the design's table. RIVAL=only leaves ours out, RIVAL=no the rival.
+# Ours is .gpu/step, made by `bash tests/gpu.sh build`. The rival is Unsloth through bench/peers/; its packages are in the
+# Python at hand or in the folder PEERS (made by bench/peers/make_site.sh), else it is left out with a line.
+# PROFILE=1 prints where our time goes.
 set -u
 cd "$(dirname "$0")/.."
 STEPS=${STEPS:-10}
 if [ $# -eq 0 ]; then
-    set -- 135m:lora:8:512:none 135m:full:8:512:none 1b:lora:4:2048:none 1b:full:4:2048:none 8b:lora:2:2048:none \
-        8b:lora:2:2048:all 8b:qlora:2:2048:all 8b:qlora:8:2048:all
+    set -- 135m:lora:8:512:none 135m:lora:8:512:0.58 135m:full:8:512:free 1b:lora:4:2048:none 1b:lora:4:2048:3.55 \
+        1b:full:4:2048:free 8b:lora:2:2048:none 8b:lora:2:2048:16.45 8b:qlora:2:2048:6.75 8b:qlora:8:2048:9.85 \
+        8b:qlora:1:32768:13.9 8b:qlora:8:rows:6.05 135m:lora:8:rows:free
 fi
-rival=no
-if [ -n "${PEERS:-}" ]; then
-    if python3 -c 'import unsloth' >/dev/null 2>&1; then rival=yes; else echo "rival left out: Unsloth is not installed"; fi
-else
-    echo "rival left out: PEERS is not set"
+[ -n "${PEERS:-}" ] && export PYTHONPATH="$PEERS${PYTHONPATH:+:$PYTHONPATH}"
+rival=${RIVAL:-yes}
+if [ "$rival" != no ] && ! python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("unsloth") is None)'; then
+    echo "rival left out: Unsloth is not installed"
+    rival=no
 fi
 results=$(mktemp)
 for row in "$@"; do
-    IFS=: read -r model method batch sequence recompute <<<"$row"
+    IFS=: read -r model method batch sequence memory <<<"$row"
     echo "== $row"
-    timeout 150 .gpu/step "$model" "$method" "$batch" "$sequence" "$STEPS" "$recompute" ${PROFILE:+profile} 2>&1 | tee -a "$results"
-    if [ "$rival" = yes ]; then
-        if [ "$recompute" = none ]; then export NO_GC=1; else unset NO_GC; fi
-        timeout 300 python3 "$PEERS/peers.py" unsloth "$model" "$method" "$batch" "$sequence" "$STEPS" 2>&1 | grep '^RESULT' | tee -a "$results"
+    if [ "$rival" != only ]; then
+        timeout 150 .gpu/step "$model" "$method" "$batch" "$sequence" "$STEPS" "$memory" ${PROFILE:+profile} 2>&1 | tee -a "$results"
     fi
+    [ "$rival" = no ] && continue
+    # Its scripts time what is there on the first call of a model: make it first.
+    timeout 300 python3 bench/peers/peers.py unsloth "$model" init 1 1 1 >/dev/null 2>&1
+    if [ "$sequence" = rows ]; then
+        timeout 300 python3 bench/peers/peers_rows.py "$model" "$method" 25 0 bench/alpaca_lengths.json 2>&1 | grep '^ROWS' | tee -a "$results"
+        continue
+    fi
+    if [ "$memory" = none ]; then export NO_GC=1; else unset NO_GC; fi
+    timeout 300 python3 bench/peers/peers.py unsloth "$model" "$method" "$batch" "$sequence" "$STEPS" 2>&1 | grep '^RESULT' | tee -a "$results"
 done
 python3 - "$results" <<'PYTHON'
 import json, sys
-print(f"{'case':34} {'peer':14} {'tok/s':>9} {'GiB':>7} {'of floor':>9} {'first step':>11}")
+print(f"{'case':34} {'peer':14} {'speed':>15} {'GiB':>7} {'planned':>8} {'of floor':>9} {'first step':>11}")
 for line in open(sys.argv[1]):
-    if line.startswith("RESULT "):
-        r = json.loads(line[7:])
-        case = f"{r['model']} {r['method']} {r['batch']}x{r['seq']} {r.get('recompute', '')}"
-        used = r.get("used_gib", r.get("alloc_gib"))
-        print(f"{case:34} {r['peer']:14} {r['tok_s']:9,.0f} {used:7.2f} {r.get('share_of_floor', ''):>9} {r.get('first_step_s', ''):>11}")
+    kind, _, text = line.partition(" ")
+    if kind in ("RESULT", "ROWS"):
+        r = json.loads(text)
+        case = f"{r['model']} {r['method']} {r.get('batch', 8)}x{r.get('seq', 'rows')} {r.get('recompute', '')}"
+        used = r.get("used_gib", r.get("alloc_gib", r.get("peak_gib", 0)))
+        speed = f"{r['tok_s']:,.0f} tok/s" if kind == "RESULT" else f"{r['rows_s']:.1f} rows/s"
+        print(f"{case:34} {r.get('peer', 'unsloth'):14} {speed:>15} {used:7.2f} {r.get('planned_gib', ''):>8} "
+              f"{r.get('share_of_floor', ''):>9} {r.get('first_step_s', ''):>11}")
 PYTHON

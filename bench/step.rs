@@ -1,4 +1,7 @@
-//! Times training steps on a card: `step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all] [profile]`.
+//! Times training steps on a card: `step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all|free|GIB] [profile]`.
+//!
+//! `none`, `cheap` and `all` say what is recomputed; `free` lets the planner search, and a number gives it that many GiB.
+//! SEQUENCE `rows` takes rows of the lengths in bench/alpaca_lengths.json, BATCH of them an update, prompts masked.
 //!
 //! MODEL: 135m, 1b or 8b (Llama shapes, random weights: speed and memory do not depend on them); METHOD: lora, qlora or
 //! full. Rank 16 on all linear layers, AdamW with 8-bit states, packed rows of full length, as the rivals are measured.
@@ -11,9 +14,12 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use half::bf16;
 use tune::backend::{EngineError, Session, Tensor, WeightSource, cuda};
+use tune::data::{Row, pack};
 use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
 use tune::program::plan::{estimate_op, plan};
-use tune::program::{DType, Kind, Op, Role, Target, WorkloadBuilder, random};
+use tune::program::{DType, Kind, Op, Plan, Role, Target, WorkloadBuilder, random};
+use tune::train::Stepper;
+use tune::train::planning::{RecomputeChoice, Search};
 
 fn config(model: &str) -> anyhow::Result<ModelConfig> {
     let (hidden, intermediate, layers, heads, kv_heads, vocabulary, tied) = match model {
@@ -82,12 +88,18 @@ fn main() -> anyhow::Result<()> {
     let [model, method, batch, sequence, steps, rest @ ..] = arguments.as_slice() else {
         bail!("usage: step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all] [profile]");
     };
-    let (batch, sequence, steps): (usize, usize, usize) = (batch.parse()?, sequence.parse()?, steps.parse()?);
-    let recompute = match rest.first().map(String::as_str) {
-        None | Some("none") => Recompute::None,
-        Some("cheap") => Recompute::Cheap,
-        Some("all") => Recompute::All,
-        Some(other) => bail!("{other} is not none, cheap or all"),
+    let (batch, steps): (usize, usize) = (batch.parse()?, steps.parse()?);
+    let memory = rest.first().map_or("none", String::as_str);
+    let recompute = match memory {
+        "cheap" => Recompute::Cheap,
+        "all" => Recompute::All,
+        _ => Recompute::None,
+    };
+    // None for a choice made by hand.
+    let budget: Option<f64> = match memory {
+        "none" | "cheap" | "all" => None,
+        "free" => Some(f64::INFINITY),
+        gib => Some(gib.parse().with_context(|| format!("{gib} is not none, cheap, all, free or a number of GiB"))?),
     };
     let profile = rest.iter().any(|word| word == "profile");
     let config = config(model)?;
@@ -99,6 +111,8 @@ fn main() -> anyhow::Result<()> {
         "full" => Method::Full,
         _ => bail!("METHOD is lora, qlora or full"),
     };
+    let rows = sequence == "rows";
+    let sequence: usize = if rows { 0 } else { sequence.parse()? };
     let tokens = batch * sequence;
     let options = TrainingOptions {
         method: training,
@@ -115,8 +129,26 @@ fn main() -> anyhow::Result<()> {
     let target = cuda::target(0)?;
     let free = free_beside_context(&target)?;
     let noise = Arc::new(Noise::new(&config));
+    let within = |mut target: Target| {
+        if let Some(gib) = budget.filter(|gib| gib.is_finite()) {
+            let bytes = (gib * f64::from(1 << 30)) as u64;
+            target.memory = Some(target.memory.map_or(bytes, |free| free.min(bytes)));
+        }
+        target
+    };
+    if rows {
+        let case = RowsCase { model, method, batch, updates: steps, free };
+        return time_rows(&case, &config, options, &within(target), noise);
+    }
     let begun = Instant::now();
-    let plan = plan(training_workload(&config, &options, &target)?, target.clone())?;
+    let plan = if budget.is_some() {
+        let mut target = within(target.clone());
+        target.micro_sizes = vec![tokens];
+        search(&config, options, &target, sequence, tokens)?
+    } else {
+        plan(training_workload(&config, &options, &target)?, target.clone())?
+    };
+    let host = plan.summary.host_bytes;
     let planned = plan.summary.peak_bytes;
     let mut session = cuda::open(plan, noise, 0)?;
     let opened = begun.elapsed().as_secs_f64();
@@ -203,7 +235,7 @@ fn main() -> anyhow::Result<()> {
     let gib = |bytes: u64| (bytes as f64 / f64::from(1 << 30) * 100.0).round() / 100.0;
     let result = serde_json::json!({
         "peer": "tune", "model": model, "method": method, "batch": batch, "seq": sequence,
-        "recompute": rest.first().map_or("none", String::as_str),
+        "recompute": memory, "host_gib": gib(host),
         "tok_s": (tokens as f64 / median).round(), "step_ms": (median * 1e5).round() / 100.0,
         "min_ms": (times[0] * 1e5).round() / 100.0, "floor_ms": (floor * 1e5).round() / 100.0,
         "share_of_floor": (floor / median * 1000.0).round() / 1000.0,
@@ -212,6 +244,108 @@ fn main() -> anyhow::Result<()> {
         "loss": [losses[0], losses[losses.len() - 1]],
     });
     println!("RESULT {result}");
+    Ok(())
+}
+
+/// The planner's choice, said in one line.
+fn search(
+    config: &ModelConfig,
+    options: TrainingOptions,
+    target: &Target,
+    longest_row: usize,
+    update_tokens: usize,
+) -> anyhow::Result<Plan> {
+    let recompute = RecomputeChoice::Auto;
+    let search = Search { config, options, target, longest_row, update_tokens, recompute, host_optimizer: None };
+    let (plan, choice) = search.run()?;
+    println!("{}", serde_json::to_string(&choice)?);
+    Ok(plan)
+}
+
+struct RowsCase<'a> {
+    model: &'a str,
+    method: &'a str,
+    /// Rows an update.
+    batch: usize,
+    updates: usize,
+    /// Bytes free on the card before.
+    free: u64,
+}
+
+/// Updates of rows of real lengths, as a run makes them: packed into the plan's micro-batches.
+fn time_rows(
+    case: &RowsCase<'_>,
+    config: &ModelConfig,
+    mut options: TrainingOptions,
+    target: &Target,
+    noise: Arc<Noise>,
+) -> anyhow::Result<()> {
+    let lengths: Vec<(usize, usize)> = serde_json::from_str(&std::fs::read_to_string("bench/alpaca_lengths.json")?)?;
+    let rows: Vec<Row> = lengths
+        .iter()
+        .enumerate()
+        .map(|(source, &(prompt, length))| {
+            let length = length.min(2048);
+            let id = |t: usize| random::mix((source * 2048 + t) as u32) % 297 + 3;
+            let input_ids: Vec<u32> = (0..length).map(id).collect();
+            let prompt = prompt.min(length - 1);
+            let labels = input_ids.iter().enumerate().map(|(t, &id)| if t < prompt { -100 } else { id as i32 });
+            Row { labels: labels.collect(), weights: Vec::new(), input_ids, source }
+        })
+        .collect();
+    options.evaluate = false;
+    let longest = rows.iter().map(|row| row.input_ids.len()).max().unwrap_or(1);
+    let total: usize = rows.iter().map(|row| row.input_ids.len()).sum();
+    let begun = Instant::now();
+    let plan = search(config, options, target, longest, total / rows.len() * case.batch)?;
+    let planned = plan.summary.peak_bytes;
+    let programs = &plan.summary.programs;
+    let micro = programs.iter().filter(|program| program.role == Role::Micro);
+    let costs: BTreeMap<usize, f64> = micro.map(|program| (program.tokens, program.estimated_seconds)).collect();
+    let sizes: Vec<usize> = costs.keys().copied().collect();
+    let mut stepper = Stepper::new(Box::new(cuda::open(plan, noise, 0)?), 3407, [0.9, 0.999])?;
+    let adapters: Vec<(String, usize)> = stepper
+        .workload()
+        .of_kind(Kind::Adapter)
+        .filter(|(_, buffer)| buffer.dtype == DType::F32 && buffer.name.contains("lora_A"))
+        .map(|(_, buffer)| (buffer.name.clone(), buffer.elements()))
+        .collect();
+    for (name, elements) in adapters {
+        let stream = random::stream(&name);
+        let value = |i: usize| ((random::mix(i as u32 ^ stream) >> 8) as f32 / 8_388_608.0 - 1.0) * 0.02;
+        stepper.write_tensor(&name, &(0..elements).map(value).collect::<Vec<f32>>())?;
+    }
+    stepper.set_lora_scale(1.0)?;
+    stepper.refresh()?;
+    let (mut times, mut tokens, mut padding) = (Vec::new(), 0, 0);
+    let mut first_step = 0.0;
+    // Every program runs twice before it is replayed as a graph.
+    const WARM: usize = 30;
+    for step in 0..case.updates + WARM {
+        let start = Instant::now();
+        let chosen: Vec<&Row> = (0..case.batch).map(|i| &rows[(step * case.batch + i) % rows.len()]).collect();
+        let batches = pack(&chosen, &sizes, |size| costs[&size], true)?;
+        stepper.update(&batches, step as u64, 2e-4)?;
+        if step == 0 {
+            first_step = begun.elapsed().as_secs_f64();
+        } else if step >= WARM {
+            times.push(start.elapsed().as_secs_f64());
+            tokens += chosen.iter().map(|row| row.input_ids.len()).sum::<usize>();
+            padding += batches.iter().map(|batch| batch.padding).sum::<usize>();
+        }
+    }
+    let used = case.free.saturating_sub(cuda::target(0)?.memory.unwrap_or(0) + (150 << 20));
+    let seconds: f64 = times.iter().sum();
+    times.sort_by(f64::total_cmp);
+    let gib = |bytes: u64| (bytes as f64 / f64::from(1 << 30) * 100.0).round() / 100.0;
+    let result = serde_json::json!({
+        "peer": "tune", "model": case.model, "method": case.method, "batch": case.batch, "sizes": sizes,
+        "step_ms": (times[times.len() / 2] * 1e5).round() / 100.0,
+        "rows_s": ((times.len() * case.batch) as f64 / seconds * 100.0).round() / 100.0,
+        "tok_s": (tokens as f64 / seconds).round(), "padding": padding as f64 / (tokens + padding) as f64,
+        "used_gib": gib(used), "planned_gib": gib(planned), "first_step_s": (first_step * 100.0).round() / 100.0,
+    });
+    println!("ROWS {result}");
     Ok(())
 }
 

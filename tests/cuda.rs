@@ -13,7 +13,7 @@ use tune::backend::{EngineError, Session, Tensor, WeightSource, cpu, cuda, read_
 use tune::model::{
     AdapterOptions, Method, ModelConfig, RandomWeights, Recompute, TrainingOptions, names, training_workload,
 };
-use tune::program::plan::plan;
+use tune::program::plan::{frozen_embeddings, optimizer_states, plan, plan_with_host};
 use tune::program::{BufferId, Columns, DType, Kind, Op, Plan, Projection, ProjectionBackward, Role, Target};
 use tune::program::{WorkloadBuilder, block8, random};
 
@@ -202,16 +202,8 @@ const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "l
 
 const TOKENS: usize = 256;
 
-/// Losses of some updates on the same few micro-batches, and the gradient norms.
-fn train(
-    target: &Target,
-    open: twin::Opener,
-    method: &Method,
-    recompute: Recompute,
-    updates: usize,
-) -> (Vec<f64>, Vec<f64>) {
-    let config = ModelConfig::parse(CONFIG).expect("a configuration");
-    let options = TrainingOptions {
+fn options(config: &ModelConfig, method: &Method, recompute: Recompute, eight_bit: bool) -> TrainingOptions {
+    TrainingOptions {
         method: method.clone(),
         sizes: vec![TOKENS],
         evaluate: false,
@@ -220,12 +212,31 @@ fn train(
         epsilon: 1e-8,
         weight_decay: 0.01,
         max_grad_norm: 1.0,
-        eight_bit: false,
+        eight_bit,
         generation: None,
-    };
+    }
+}
+
+/// Losses of some updates on the same few micro-batches, and the gradient norms.
+fn train(
+    target: &Target,
+    open: twin::Opener,
+    method: &Method,
+    recompute: Recompute,
+    rate: f32,
+    count: usize,
+) -> (Vec<f64>, Vec<f64>) {
+    let config = ModelConfig::parse(CONFIG).expect("a configuration");
+    let options = options(&config, method, recompute, false);
     let workload = training_workload(&config, &options, target).expect("a workload");
     let plan = plan(workload, target.clone()).expect("a plan");
-    let mut session = open(plan, Arc::new(RandomWeights::new(&config, 7))).expect("a session");
+    let session = open(plan, Arc::new(RandomWeights::new(&config, 7))).expect("a session");
+    let (_, losses, norms) = updates(session, rate, count);
+    (losses, norms)
+}
+
+/// Trains an open session; gives it back with losses and gradient norms.
+fn updates(mut session: Box<dyn Session>, rate: f32, updates: usize) -> (Box<dyn Session>, Vec<f64>, Vec<f64>) {
     let find = |session: &dyn Session, name: &str| session.plan().workload.find(name).expect("a buffer");
     let program = |session: &dyn Session, name: &str| session.plan().workload.program(name);
     // LoRA matrices away from zero, so that every gradient is there from the start.
@@ -281,7 +292,7 @@ fn train(
         write(session.as_mut(), &inputs("token_weights"), bytemuck::cast_slice(&[1.0f32; TOKENS]));
         write(session.as_mut(), "loss_scale", bytemuck::cast_slice(&[1.0 / labels]));
         let step = update as i32 + 1;
-        let hyper = [1e-3f32, 1.0 - 0.9f32.powi(step), (1.0 - 0.999f32.powi(step)).sqrt(), 0.0];
+        let hyper = [rate, 1.0 - 0.9f32.powi(step), (1.0 - 0.999f32.powi(step)).sqrt(), 0.0];
         write(session.as_mut(), "hyper", bytemuck::cast_slice(&hyper));
         write(session.as_mut(), "random_key", bytemuck::cast_slice(&[3407u32, 0, update as u32, 0]));
         for name in ["begin".to_string(), format!("micro.{TOKENS}"), "update".to_string()] {
@@ -293,7 +304,7 @@ fn train(
         let norm = find(session.as_ref(), "grad_norm");
         norms.push(f64::from(read_values::<f32>(session.as_mut(), norm).expect("read")[0]));
     }
-    (losses, norms)
+    (session, losses, norms)
 }
 
 fn lora(weights: Option<DType>, dropout: f32) -> Method {
@@ -311,14 +322,16 @@ fn training_follows_the_cpu_engine() {
     let Some(target) = card() else { return };
     let reference_target = cpu::target().expect("a target");
     let mut failures = Vec::new();
-    for (name, method, recompute) in [
-        ("lora", lora(None, 0.0), Recompute::None),
-        ("lora, all recomputed", lora(None, 0.0), Recompute::All),
-        ("lora with dropout", lora(None, 0.1), Recompute::Cheap),
-        ("full", Method::Full, Recompute::None),
+    // A rate at which twenty updates learn much of two batches and not all: errors are relative to the loss.
+    for (name, method, recompute, rate) in [
+        ("lora", lora(None, 0.0), Recompute::None, 1e-3),
+        ("lora, all recomputed", lora(None, 0.0), Recompute::All, 1e-3),
+        ("lora, inputs on the host", lora(None, 0.0), Recompute::Offload, 1e-3),
+        ("lora with dropout", lora(None, 0.1), Recompute::Cheap, 1e-3),
+        ("full", Method::Full, Recompute::None, 1e-4),
     ] {
-        let (expected, expected_norms) = train(&reference_target, &open_cpu, &method, recompute, 20);
-        let (found, norms) = train(&target, &open, &method, recompute, 20);
+        let (expected, expected_norms) = train(&reference_target, &open_cpu, &method, recompute, rate, 20);
+        let (found, norms) = train(&target, &open, &method, recompute, rate, 20);
         println!("{name}: losses on the CPU {expected:.4?}\n{name}: losses on the card {found:.4?}");
         println!("{name}: norms on the CPU {expected_norms:.4?}\n{name}: norms on the card {norms:.4?}");
         let worst = |a: &[f64], b: &[f64]| {
@@ -342,9 +355,70 @@ fn training_follows_the_cpu_engine() {
 fn training_repeats_bit_for_bit() {
     let Some(target) = card() else { return };
     let method = lora(Some(DType::Nf4), 0.1);
-    let first = train(&target, &open, &method, Recompute::All, 6);
-    let second = train(&target, &open, &method, Recompute::All, 6);
+    let first = train(&target, &open, &method, Recompute::All, 1e-3, 6);
+    let second = train(&target, &open, &method, Recompute::All, 1e-3, 6);
     assert_eq!(first, second);
+    // Where a layer's input waits changes nothing.
+    let offloaded = train(&target, &open, &method, Recompute::Offload, 1e-3, 6);
+    assert_eq!(first, offloaded);
     assert!(first.0.iter().all(|loss| loss.is_finite()), "{:?}", first.0);
     assert!(first.0[5] < first.0[0], "the loss does not fall: {:?}", first.0);
+}
+
+/// An untied embedding and the optimizer's moments on the host: the same bits as on the card, and read back whole.
+#[test]
+fn buffers_on_the_host_give_the_same_bits() {
+    let Some(target) = card() else { return };
+    let config = CONFIG.replace("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false");
+    let config = ModelConfig::parse(&config).expect("a configuration");
+    let method = lora(None, 0.0);
+    let mut results = Vec::new();
+    for on_host in [false, true] {
+        let options = options(&config, &method, Recompute::All, true);
+        let workload = training_workload(&config, &options, &target).expect("a workload");
+        let mut host = std::collections::BTreeSet::new();
+        if on_host {
+            host.extend(frozen_embeddings(&workload));
+            assert_eq!(host.len(), 1, "the embedding can be left on the host");
+            host.extend(optimizer_states(&workload));
+        }
+        let plan = plan_with_host(workload, target.clone(), host).expect("a plan");
+        assert_eq!(plan.summary.host_bytes > 0, on_host);
+        let session = open(plan, Arc::new(RandomWeights::new(&config, 7))).expect("a session");
+        let (mut session, losses, norms) = updates(session, 1e-3, 6);
+        let table = session.plan().workload.find(names::EMBEDDING).expect("the embedding");
+        let state = "model.layers.0.mlp.down_proj.lora_A.weight.exp_avg";
+        let state = session.plan().workload.find(state).expect("a moment");
+        let mut bytes = Vec::new();
+        for id in [table, state] {
+            let mut part = vec![0; session.plan().workload.buffer(id).bytes() as usize];
+            session.read(id, &mut part).expect("read");
+            assert!(part.iter().any(|&byte| byte != 0));
+            bytes.push(part);
+        }
+        results.push((losses, norms, bytes));
+    }
+    assert!(results[0] == results[1], "losses {:?} and {:?}", results[0].0, results[1].0);
+}
+
+/// A session opened with the table of another chooses nothing by itself, and says the same table.
+#[test]
+fn the_tuning_table_of_a_session_opens_another() {
+    let Some(target) = card() else { return };
+    let config = ModelConfig::parse(CONFIG).expect("a configuration");
+    let plan = || {
+        let options = options(&config, &lora(None, 0.0), Recompute::None, false);
+        plan(training_workload(&config, &options, &target).expect("a workload"), target.clone()).expect("a plan")
+    };
+    let weights = Arc::new(RandomWeights::new(&config, 7));
+    let first = cuda::open(plan(), weights.clone(), 0).expect("a session");
+    let table = first.tuning().expect("products are tuned");
+    drop(first);
+    let second = cuda::open_tuned(plan(), weights.clone(), 0, Some(&table)).expect("a session");
+    assert_eq!(second.tuning().as_deref(), Some(table.as_str()));
+    drop(second);
+    // A table of another card is left aside.
+    let foreign = table.replacen("driver for CUDA", "driver for another", 1);
+    let third = cuda::open_tuned(plan(), weights, 0, Some(&foreign)).expect("a session");
+    assert_ne!(third.tuning().as_deref(), Some(foreign.as_str()));
 }

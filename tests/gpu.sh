@@ -14,10 +14,11 @@ if [ "${1:-}" = build ]; then
 for line in sys.stdin:
     entry = json.loads(line)
     if entry.get("executable") and entry["target"]["name"] == "cuda": print(entry["executable"])')
-    cargo build --release --example step
+    cargo build --release --example step --bin tune
     cp "$binary" .gpu/cuda
     cp target/release/examples/step .gpu/step
-    strip .gpu/cuda .gpu/step
+    cp target/release/tune .gpu/tune
+    strip .gpu/cuda .gpu/step .gpu/tune
     ls -la .gpu
     exit
 fi
@@ -37,6 +38,48 @@ if [ "${MEMCHECK:-0}" = 1 ]; then
         failed=$((failed + 1))
     fi
     grep -E 'ERROR SUMMARY|Invalid|=========     at' "$log.memcheck" | head -20
+fi
+# A run through the command line, killed with kill -9 and resumed without the file of tuned products, gives the bits of
+# one that went through.
+if [ -x .gpu/tune ]; then
+    work=$(mktemp -d)
+    export TUNE_HOME="$work/home" XDG_CACHE_HOME="$work/cache" XDG_RUNTIME_DIR="$work/run"
+    mkdir -p "$XDG_RUNTIME_DIR" && chmod 700 "$XDG_RUNTIME_DIR"
+    resume() { # NAME SETTING...
+        local name=$1; shift
+        local settings=(--model demo --data demo --set engine.device=cuda --set train.steps=1000 --set train.save_every=100)
+        for setting in "$@"; do settings+=(--set "$setting"); done
+        .gpu/tune train "${settings[@]}" --json >"$work/$name.whole" 2>"$work/$name.whole.err" || { tail -3 "$work/$name.whole.err"; return 1; }
+        local id events
+        id=$(.gpu/tune train "${settings[@]}" --detach 2>"$work/$name.err") || { tail -3 "$work/$name.err"; return 1; }
+        events="$TUNE_HOME/runs/$id/events.jsonl"
+        for _ in $(seq 600); do grep -q '"event":"checkpoint"' "$events" 2>/dev/null && break; sleep 0.1; done
+        kill -9 "$(sed -n 's/.*"event":"started".*"process":\([0-9]*\).*/\1/p' "$events")" || return 1
+        sleep 0.5
+        rm -rf "$XDG_CACHE_HOME/tune/cuda/tuning"
+        .gpu/tune resume "$id" --json >"$work/$name.resumed" 2>&1 || { tail -3 "$work/$name.resumed"; return 1; }
+        grep '"event":"warning"' "$work/$name.resumed" | grep '"rule":"resume"' && return 1
+        python3 - "$work/$name.whole" "$events" <<'PYTHON'
+import hashlib, json, pathlib, sys
+def result(path):
+    events = [json.loads(line) for line in open(path) if line.startswith("{")]
+    done = next(e for e in events if e["event"] == "finished")
+    files = sorted(pathlib.Path(done["path"]).glob("*.safetensors"))
+    assert files, f"{done['path']} has no result"
+    steps = {e["step"]: (e["loss"], e["grad_norm"]) for e in events if e["event"] == "step"}
+    return steps, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files], done["train_loss"]
+whole, resumed = result(sys.argv[1]), result(sys.argv[2])
+differing = [step for step in whole[0] if whole[0][step] != resumed[0].get(step)]
+print(f"  {len(whole[0])} updates, train loss {whole[2]:.4f}; {len(differing)} differ, files {'equal' if whole[1] == resumed[1] else 'differ'}")
+sys.exit(bool(differing) or whole[1] != resumed[1])
+PYTHON
+    }
+    for case in "lora" "qlora method.kind=qlora train.optimizer=adamw8bit" "full method.kind=full train.optimizer=adamw8bit train.learning_rate=2e-5"; do
+        # shellcheck disable=SC2086
+        set -- $case
+        echo "through the command line, killed and resumed: $1"
+        if resume "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    done
 fi
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

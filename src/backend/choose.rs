@@ -108,3 +108,19 @@ pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, device: &Device) -> Resu
         Device::Wgpu(options) => Ok(Box::new(wgpu::open(plan, weights, options)?)),
     }
 }
+
+/// As [`open`], with the measured choices of an earlier session ([`Session::tuning`]).
+///
+/// # Errors
+/// As [`open`].
+pub fn open_tuned(
+    plan: Plan,
+    weights: Arc<dyn WeightSource>,
+    device: &Device,
+    tuning: Option<&str>,
+) -> Result<Box<dyn Session>, EngineError> {
+    match device {
+        Device::Cuda(ordinal) => Ok(Box::new(cuda::open_tuned(plan, weights, *ordinal, tuning)?)),
+        _ => open(plan, weights, device),
+    }
+}

@@ -9,7 +9,7 @@ pub mod doctor;
 pub mod inspect;
 pub mod wgpu;
 
-pub use choose::{Choice, Device, choose, open};
+pub use choose::{Choice, Device, choose, open, open_tuned};
 
 use crate::program::{BufferId, DType, Plan};
 
@@ -62,6 +62,12 @@ pub trait Session {
 
     /// Waits for the device.
     fn synchronize(&mut self) -> Result<(), EngineError>;
+
+    /// The engine's measured choices that decide the bits of results, as text to save: a session opened with it
+    /// ([`open_tuned`]) on the same device repeats them. None where nothing is chosen by measurement.
+    fn tuning(&self) -> Option<String> {
+        None
+    }
 
     /// Bytes that the session holds on the device, as the engine counts them.
     fn allocated_bytes(&self) -> u64;

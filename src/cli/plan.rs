@@ -8,9 +8,11 @@ use serde::Serialize;
 
 use super::describe::{duration, grouped};
 use super::paint::{Stream, Tone, paint};
+use super::report::Failure;
 use super::request::Request;
-use super::train::{check_engine, resolved};
-use crate::backend::{self, Choice, EngineError, Session};
+use super::train::{check_engine, resolved, resolved_for};
+use crate::backend::cuda::{KNOWN_CARDS, KnownCard};
+use crate::backend::{self, Choice, Device, EngineError, Session};
 use crate::program::{Plan, Role, plan};
 use crate::run::worker::exit;
 use crate::spec::size;
@@ -21,6 +23,9 @@ use crate::train::{self, Prepared};
 pub struct Arguments {
     #[command(flatten)]
     request: Request,
+    /// Plan for a card that is not here, as "RTX 4090"
+    #[arg(long, value_name = "NAME", conflicts_with = "measure")]
+    card: Option<String>,
     /// Open the device and time every operation
     #[arg(long)]
     measure: bool,
@@ -41,10 +46,15 @@ struct Answer {
     /// Everything the plan takes on the device.
     peak_bytes: u64,
     bytes: BTreeMap<&'static str, u64>,
+    /// Page-locked memory of the host beside.
+    host_bytes: u64,
     /// Bytes that the plan may take; none when only the machine limits it.
     available_bytes: Option<u64>,
     micro_sizes: Vec<usize>,
     recomputed_layers: usize,
+    offloaded_layers: usize,
+    host_embedding: bool,
+    host_optimizer: bool,
     partly_recomputed_layers: usize,
     /// Of an update of the mean length, from the target's rates.
     estimated_step_seconds: f64,
@@ -70,8 +80,18 @@ struct Measured {
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
-    let spec = resolved(&arguments.request)?;
-    let choice = check_engine(&spec)?;
+    let (spec, choice) = match &arguments.card {
+        None => {
+            let spec = resolved(&arguments.request)?;
+            let choice = check_engine(&spec)?;
+            (spec, choice)
+        }
+        Some(name) => {
+            let target = known_card(name)?.target();
+            let spec = resolved_for(&arguments.request, Some(target.engine))?;
+            (spec, Choice { device: Device::Cuda(0), target, reason: "known by name, with nothing else on it".into() })
+        }
+    };
     let prepared = train::prepare(&spec, &|_| {})?;
     let mut target = choice.target.clone();
     if let Some(budget) = spec.engine.budget() {
@@ -92,9 +112,13 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         steps: prepared.steps,
         peak_bytes: plan.summary.peak_bytes,
         bytes: plan.summary.bytes.clone(),
+        host_bytes: plan.summary.host_bytes,
         available_bytes: target.memory,
         micro_sizes: chosen.sizes.clone(),
         recomputed_layers: chosen.recomputed_layers,
+        offloaded_layers: chosen.offloaded_layers,
+        host_embedding: chosen.host_embedding,
+        host_optimizer: chosen.host_optimizer,
         partly_recomputed_layers: chosen.cheap_layers.saturating_sub(chosen.recomputed_layers),
         estimated_step_seconds: seconds,
         estimated_run_seconds: seconds * prepared.steps as f64,
@@ -107,6 +131,17 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         false => print(&answer),
     }
     Ok(exit::DONE)
+}
+
+/// The card that `--card` names.
+fn known_card(name: &str) -> Result<&'static KnownCard, Failure> {
+    KnownCard::named(name).ok_or_else(|| {
+        let names: Vec<&str> = KNOWN_CARDS.iter().map(|card| card.name).collect();
+        Failure::request(
+            format!("--card {name:?} is no card that is known here"),
+            format!("there are {}", names.join(", ")),
+        )
+    })
 }
 
 /// FLOPs and estimated seconds of an update of mean length: its tokens at the price of the largest micro-batch.
@@ -141,6 +176,9 @@ fn print(answer: &Answer) {
     }
     let of = answer.available_bytes.map(|bytes| format!(" of {}", size::format(bytes))).unwrap_or_default();
     println!("  {:12} {:>10}{of}", "peak", size::format(answer.peak_bytes));
+    if answer.host_bytes > 0 {
+        println!("  {:12} {:>10}", "on the host", size::format(answer.host_bytes));
+    }
     heading("programs, estimated");
     println!("  {:16} {:>10} {:>12} {:>12} {:>10}", "PROGRAM", "OPERATIONS", "GFLOP", "MOVED", "TIME");
     for program in &answer.programs {
@@ -156,6 +194,15 @@ fn print(answer: &Answer) {
     let sizes = answer.micro_sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     println!("\nmicro-batches of {sizes} tokens");
     println!("layers computed again: {} whole, {} in part", answer.recomputed_layers, answer.partly_recomputed_layers);
+    if answer.offloaded_layers > 0 {
+        println!("inputs of {} layers wait in the host's memory", answer.offloaded_layers);
+    }
+    if answer.host_embedding {
+        println!("the embedding is left in the host's memory");
+    }
+    if answer.host_optimizer {
+        println!("optimizer states are kept in the host's memory");
+    }
     println!("an update, estimated: {}, {:.1} GFLOP", duration(answer.estimated_step_seconds), answer.step_flops / 1e9);
     println!("the run, estimated: {} without evaluations", duration(answer.estimated_run_seconds));
     if let Some(measured) = &answer.measured {

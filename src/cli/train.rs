@@ -48,6 +48,14 @@ pub struct Start {
 /// # Errors
 /// When anything about it is wrong. Nothing has been written.
 pub fn resolved(request: &Request) -> anyhow::Result<RunSpec> {
+    resolved_for(request, None)
+}
+
+/// As [`resolved`], for an engine that need not be here.
+///
+/// # Errors
+/// As [`resolved`].
+pub fn resolved_for(request: &Request, engine: Option<&str>) -> anyhow::Result<RunSpec> {
     let mut spec = request.spec()?;
     if let (Some(file), Some(resolved)) = (&request.file, &mut spec.resolved)
         && let Some(folder) = file.canonicalize()?.parent()
@@ -62,7 +70,12 @@ pub fn resolved(request: &Request) -> anyhow::Result<RunSpec> {
     if !changed.is_empty() {
         warn(&format!("the data is not what it was when that run was made: {}", changed.join(", ")));
     }
-    check_engine(&complete)?;
+    match engine.and_then(Capabilities::of) {
+        Some(capabilities) => capabilities.check(&complete)?,
+        None => {
+            check_engine(&complete)?;
+        }
+    }
     // Opening maps the files and checks their headers; nothing is read yet.
     let context = train::open_model(&complete)?.0.config.max_position_embeddings;
     if complete.data.max_length > context && !request.names("data", "max_length") {

@@ -78,7 +78,12 @@ impl<'a> Graph<'a> {
 
     /// A tensor of the checkpoint. Only matrices of projections are ever quantized.
     pub fn weight(&mut self, name: &str, shape: &[usize], quantizable: bool) -> BufferId {
-        let dtype = if self.weights.is_quantized() && !quantizable { self.config.dtype } else { self.weights };
+        let mut dtype = if self.weights.is_quantized() && !quantizable { self.config.dtype } else { self.weights };
+        // Frozen matrices are held in the type that products take.
+        let frozen = self.trained != Trained::Weights;
+        if frozen && self.compute == DType::BF16 && shape.len() > 1 && matches!(dtype, DType::F32 | DType::F16) {
+            dtype = DType::BF16;
+        }
         self.builder.persistent(name, shape, dtype, Kind::Weight)
     }
 

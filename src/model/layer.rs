@@ -39,6 +39,8 @@ pub(super) struct Saved {
     gate_up: LinearGroup,
     glu: BufferId,
     down: Option<LinearGroup>,
+    /// The layer's input in the host's memory.
+    offloaded: Option<BufferId>,
 }
 
 /// How attention reaches its keys and values.
@@ -174,7 +176,24 @@ impl Graph<'_> {
         let glu = self.glu(&format!("{name}.mlp.glu"), gate_up.output);
         let down = last.then(|| self.linear(&format!("{name}.mlp.down"), glu, modules.down, training));
         let stream = Stream { residual: norm2.sum, delta: down.as_ref().map(|down| down.output) };
-        (stream, Saved { norm1, qkv, attention, log_sum_exp, output, norm2, gate_up, glu, down })
+        let offloaded = None;
+        (stream, Saved { norm1, qkv, attention, log_sum_exp, output, norm2, gate_up, glu, down, offloaded })
+    }
+
+    /// Sends the input of a layer to the host's memory.
+    pub fn offload(&mut self, layer: usize, saved: &mut Saved) {
+        let (tokens, hidden) = (self.rows(saved.norm1.sum), self.config.hidden_size);
+        let name = format!("micro.{tokens}:layers.{layer}.input");
+        let offloaded = self.builder.persistent(&name, &[tokens, hidden], self.compute, Kind::Offload);
+        self.builder.push(&format!("layers.{layer}.offload"), Op::Cast { pairs: vec![(saved.norm1.sum, offloaded)] });
+        saved.offloaded = Some(offloaded);
+    }
+
+    fn bring_back(&mut self, layer: usize, offloaded: BufferId) -> BufferId {
+        let (tokens, hidden) = (self.rows(offloaded), self.config.hidden_size);
+        let input = self.activation(&format!("layers.{layer}.input.again"), tokens, hidden);
+        self.builder.push(&format!("layers.{layer}.bring_back"), Op::Cast { pairs: vec![(offloaded, input)] });
+        input
     }
 
     fn glu(&mut self, name: &str, gate_up: BufferId) -> BufferId {
@@ -207,8 +226,12 @@ impl Graph<'_> {
                 saved.norm2 = self.norm(&format!("{name}.norm2.again"), &weight, again(saved.norm2.sum));
                 saved.glu = self.glu(&format!("{name}.mlp.glu.again"), saved.gate_up.output);
             }
-            Recompute::All => {
-                let stream = Stream { residual: saved.norm1.sum, delta: None };
+            Recompute::All | Recompute::Offload => {
+                let residual = match saved.offloaded {
+                    Some(offloaded) => self.bring_back(layer, offloaded),
+                    None => saved.norm1.sum,
+                };
+                let stream = Stream { residual, delta: None };
                 saved = self.layer(layer, stream, Keys::Documents(inputs), true, false).1;
             }
         }

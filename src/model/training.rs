@@ -25,6 +25,8 @@ pub enum Recompute {
     Cheap,
     /// Only the layer's input is kept.
     All,
+    /// Only the layer's input is kept, in the host's memory.
+    Offload,
 }
 
 #[derive(Clone, Debug)]
@@ -91,11 +93,16 @@ pub fn training_workload(
     Ok(graph.builder.finish())
 }
 
-fn forward(graph: &mut Graph, inputs: Inputs, training: bool) -> (Stream, Vec<Saved>) {
+/// `recompute` has an entry a layer in training, and none otherwise.
+fn forward(graph: &mut Graph, inputs: Inputs, recompute: &[Recompute]) -> (Stream, Vec<Saved>) {
+    let training = !recompute.is_empty();
     let mut stream = Stream { residual: embedding(graph, inputs.ids), delta: None };
     let mut saved = Vec::new();
     for layer in 0..graph.config.layers {
-        let (next, kept) = graph.layer(layer, stream, Keys::Documents(inputs), training, true);
+        let (next, mut kept) = graph.layer(layer, stream, Keys::Documents(inputs), training, true);
+        if recompute.get(layer) == Some(&Recompute::Offload) {
+            graph.offload(layer, &mut kept);
+        }
         stream = next;
         saved.push(kept);
     }
@@ -140,7 +147,7 @@ fn head(graph: &mut Graph, inputs: Inputs, input: BufferId, training: bool, targ
 fn micro(graph: &mut Graph, tokens: usize, recompute: &[Recompute], target: &Target) {
     let inputs = graph.inputs(tokens);
     graph.builder.begin(&format!("micro.{tokens}"), Role::Micro, tokens);
-    let (stream, saved) = forward(graph, inputs, true);
+    let (stream, saved) = forward(graph, inputs, recompute);
     let norm = graph.norm("final_norm", names::FINAL_NORM, stream);
     let grad_norm = head(graph, inputs, norm.output, true, target).expect("training");
     let mut gradient = graph.norm_backward("final_norm", names::FINAL_NORM, norm, grad_norm, None);
@@ -165,7 +172,7 @@ fn micro(graph: &mut Graph, tokens: usize, recompute: &[Recompute], target: &Tar
 fn evaluate(graph: &mut Graph, tokens: usize, target: &Target) {
     let inputs = graph.inputs(tokens);
     graph.builder.begin(&format!("evaluate.{tokens}"), Role::Evaluate, tokens);
-    let (stream, _) = forward(graph, inputs, false);
+    let (stream, _) = forward(graph, inputs, &[]);
     let norm = graph.norm("final_norm", names::FINAL_NORM, stream);
     head(graph, inputs, norm.output, false, target);
     graph.builder.end();

@@ -80,6 +80,9 @@ pub enum Kind {
     Scalar,
     /// A table fixed when the workload is built, such as rotary frequencies.
     Constant,
+    /// A layer's input on its way from the forward to the backward pass, kept in the host's memory where the engine
+    /// can ([`Target::reaches_host`](super::Target::reaches_host)).
+    Offload,
     /// A value inside one program; its memory is shared with others once it is dead.
     Activation,
     /// Scratch space that one operation uses while it runs.
@@ -103,6 +106,7 @@ impl Kind {
             Kind::Output => "outputs",
             Kind::Scalar => "scalars",
             Kind::Constant => "constants",
+            Kind::Offload => "offloaded",
             Kind::Activation => "activations",
             Kind::Workspace => "workspace",
         }

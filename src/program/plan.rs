@@ -5,11 +5,11 @@
 //! Placement is greedy by size (Pisarchyk & Lee 2020, arXiv 2001.03288): the largest buffer first, each at the
 //! lowest free offset; when a segment is full, the next is opened.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::{BufferId, Kind, Op, Program, Role, Target, Workload};
+use super::{Access, BufferId, Kind, Op, Program, Role, Target, Workload};
 
 /// Where a buffer lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -30,6 +30,8 @@ pub struct Plan {
     pub placements: Vec<Placement>,
     /// Bytes of each arena segment.
     pub segments: Vec<u64>,
+    /// Persistent buffers that lie in the host's memory; their placement is [`Placement::Own`].
+    pub host: BTreeSet<BufferId>,
     pub summary: Summary,
 }
 
@@ -40,6 +42,8 @@ pub struct Summary {
     pub bytes: BTreeMap<&'static str, u64>,
     /// Everything the plan takes on the device.
     pub peak_bytes: u64,
+    /// Page-locked memory that it takes on the host beside.
+    pub host_bytes: u64,
     pub programs: Vec<ProgramSummary>,
 }
 
@@ -61,8 +65,18 @@ pub struct ProgramSummary {
 pub enum PlanError {
     #[error("{name} takes {bytes} bytes, more than the {limit} that one allocation may have on {target}")]
     BufferTooLarge { name: String, bytes: u64, limit: u64, target: String },
-    #[error("the plan needs {needed} bytes, {target} has {available}")]
-    DoesNotFit { needed: u64, available: u64, target: String },
+    #[error("the plan needs {}, {target} has {}", gib(*needed), gib(*available))]
+    DoesNotFit {
+        needed: u64,
+        available: u64,
+        target: String,
+        /// Settings, each of which alone would make it fit, as the run file spells them; where they were looked for.
+        fits: Vec<String>,
+    },
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
 /// A transient buffer's life: indices of the first and last step that touch it.
@@ -92,22 +106,70 @@ pub fn lives(workload: &Workload, program: &Program) -> Vec<Life> {
     order
 }
 
-/// Lays `workload` out for `target`.
+/// Frozen weights that only embeddings read, a few rows of them each time: what may be left in the host's memory. Not
+/// those that are also the head.
+pub fn frozen_embeddings(workload: &Workload) -> BTreeSet<BufferId> {
+    let mut tables = BTreeSet::new();
+    let mut others = BTreeSet::new();
+    for step in workload.programs.iter().flat_map(|program| &program.steps) {
+        for (id, access) in step.op.accesses() {
+            if workload.buffer(id).kind != Kind::Weight {
+                continue;
+            }
+            if matches!(step.op, Op::Embedding { .. }) && access == Access::Read {
+                tables.insert(id);
+            } else {
+                others.insert(id);
+            }
+        }
+    }
+    &tables - &others
+}
+
+/// The optimizer's moments.
+pub fn optimizer_states(workload: &Workload) -> BTreeSet<BufferId> {
+    workload.of_kind(Kind::Optimizer).map(|(id, _)| id).collect()
+}
+
+/// Bytes a second over the bus between host and device, for estimates: PCIe 4.0 with 16 lanes.
+const BUS_BANDWIDTH: f64 = 24e9;
+
+/// Lays `workload` out for `target`, all on the device but what is made to be offloaded.
 ///
 /// # Errors
 /// When a buffer is larger than an allocation may be, or the whole larger than the target's memory.
 pub fn plan(workload: Workload, target: Target) -> Result<Plan, PlanError> {
+    plan_with_host(workload, target, BTreeSet::new())
+}
+
+/// Lays `workload` out with some persistent buffers in the host's memory, where the target reaches it.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<BufferId>) -> Result<Plan, PlanError> {
+    host.extend(workload.of_kind(Kind::Offload).map(|(id, _)| id));
+    if !target.reaches_host() {
+        host.clear();
+    }
+    let host_bytes = host.iter().map(|id| aligned(workload.buffer(*id).bytes(), target.alignment)).sum();
     let mut placements = vec![Placement::Own; workload.buffers.len()];
     let mut segments: Vec<u64> = Vec::new();
     let mut bytes: BTreeMap<&'static str, u64> = BTreeMap::new();
-    for buffer in workload.buffers.iter().filter(|buffer| !buffer.kind.is_transient()) {
+    for (index, buffer) in workload.buffers.iter().enumerate() {
+        if buffer.kind.is_transient() || host.contains(&BufferId(index as u32)) {
+            continue;
+        }
         *bytes.entry(buffer.kind.name()).or_default() += aligned(buffer.bytes(), target.alignment);
     }
     let mut programs = Vec::new();
     let mut worst = (0, 0);
     for program in &workload.programs {
-        let lives = lives(&workload, program);
+        let mut lives = lives(&workload, program);
+        let shared = if target.works_in_place() { share(&workload, program, &mut lives) } else { Vec::new() };
         place(&workload, &target, &lives, &mut placements, &mut segments)?;
+        for (result, input) in shared {
+            placements[result.index()] = placements[input.index()];
+        }
         let (activations, workspace) = peak(&workload, program, &lives);
         if activations + workspace > worst.0 + worst.1 {
             worst = (activations, workspace);
@@ -131,10 +193,10 @@ pub fn plan(workload: Workload, target: Target) -> Result<Plan, PlanError> {
     if let Some(available) = target.memory
         && peak_bytes > available
     {
-        return Err(PlanError::DoesNotFit { needed: peak_bytes, available, target: target.name });
+        return Err(PlanError::DoesNotFit { needed: peak_bytes, available, target: target.name, fits: Vec::new() });
     }
-    let summary = Summary { bytes, peak_bytes, programs };
-    Ok(Plan { workload, target, placements, segments, summary })
+    let summary = Summary { bytes, peak_bytes, host_bytes, programs };
+    Ok(Plan { workload, target, placements, segments, host, summary })
 }
 
 /// Seconds that a program should take: each operation the longer of its arithmetic and its memory traffic.
@@ -148,11 +210,32 @@ pub fn estimate_op(workload: &Workload, op: &Op, target: &Target) -> f64 {
     let rate = if attention { target.rates.attention_flops } else { target.rates.flops };
     let arithmetic = op.flops(workload) as f64 / rate;
     let memory = op.bytes_moved(workload) as f64 / target.rates.bandwidth;
-    arithmetic.max(memory) + target.rates.per_op
+    let accesses = op.accesses().into_iter();
+    let offloaded = accesses.filter(|(id, _)| workload.buffer(*id).kind == Kind::Offload);
+    let bus = offloaded.map(|(id, _)| workload.buffer(id).bytes()).sum::<u64>() as f64 / BUS_BANDWIDTH;
+    arithmetic.max(memory).max(bus) + target.rates.per_op
 }
 
 fn aligned(bytes: u64, alignment: u64) -> u64 {
     bytes.next_multiple_of(alignment)
+}
+
+/// Lets the gradient of a gated product take the place of its input where nothing reads the input any more: gives
+/// (result, input) pairs, whose lives become one.
+fn share(workload: &Workload, program: &Program, lives: &mut Vec<Life>) -> Vec<(BufferId, BufferId)> {
+    let mut pairs = Vec::new();
+    for (at, step) in program.steps.iter().enumerate() {
+        let Op::GluBackward { gate_up, grad_gate_up, .. } = &step.op else { continue };
+        let find = |id: BufferId| lives.iter().position(|life| life.buffer == id);
+        let (Some(input), Some(result)) = (find(*gate_up), find(*grad_gate_up)) else { continue };
+        let same = workload.buffer(*gate_up).bytes() == workload.buffer(*grad_gate_up).bytes();
+        if same && lives[input].last == at && lives[result].first == at {
+            lives[input].last = lives[result].last;
+            lives.remove(result);
+            pairs.push((*grad_gate_up, *gate_up));
+        }
+    }
+    pairs
 }
 
 /// Activation and workspace bytes alive at the program's worst step.

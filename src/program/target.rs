@@ -42,3 +42,16 @@ pub struct Target {
     /// Most bytes that the logits of one head chunk may take.
     pub logits_bytes: u64,
 }
+
+impl Target {
+    /// Whether kernels read and write page-locked host memory: frozen embeddings, optimizer states and layer inputs
+    /// may then lie there.
+    pub fn reaches_host(&self) -> bool {
+        self.engine == "cuda"
+    }
+
+    /// Whether an element-wise operation may write its result over its own input.
+    pub fn works_in_place(&self) -> bool {
+        self.engine == "cuda"
+    }
+}

@@ -40,9 +40,9 @@ pub const CAPABILITIES: [Capabilities; 3] = [
     Capabilities {
         engine: "cuda",
         precisions: &["bf16"],
-        weights: &[],
-        optimizers: &[Optimizer::AdamW],
-        optimizer_memory: &["device"],
+        weights: &["nf4"],
+        optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
+        optimizer_memory: &["device", "host"],
         recompute: &["none", "all"],
     },
 ];

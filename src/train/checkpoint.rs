@@ -39,6 +39,9 @@ pub struct State {
     pub last_eval: Option<Best>,
     /// The plan's choices, which decide the order of sums: the same on resume, or it is said.
     pub plan: PlanChoice,
+    /// The engine's measured choices ([`Session::tuning`](crate::backend::Session::tuning)), which do so too.
+    #[serde(default)]
+    pub tuning: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +60,18 @@ pub struct PlanChoice {
     pub cheap_layers: usize,
     /// Layers of which only the input is kept.
     pub recomputed_layers: usize,
+    /// Layers, from the first, whose input waits in the host's memory; they are among the recomputed ones.
+    #[serde(default)]
+    pub offloaded_layers: usize,
+    /// Whether a frozen embedding is left in the host's memory.
+    #[serde(default)]
+    pub host_embedding: bool,
+    /// Whether the optimizer's moments are.
+    #[serde(default)]
+    pub host_optimizer: bool,
+    /// Whether the head works in small chunks.
+    #[serde(default)]
+    pub small_head: bool,
 }
 
 /// Name of a checkpoint's folder.

@@ -22,6 +22,7 @@ use crate::generate::GenerateError;
 use crate::hub::HubError;
 use crate::model::ModelError;
 use crate::model::tokenizer::TokenizerError;
+use crate::program::PlanError;
 
 /// Why a run could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -65,14 +66,13 @@ fn unwritten(error: ModelError) -> TrainError {
 impl TrainError {
     /// Whether the request was wrong (exit code 2) rather than the run (exit code 1).
     pub fn is_request(&self) -> bool {
-        use planning::PlanningError;
         matches!(
             self,
             TrainError::Model(_)
                 | TrainError::Hub(_)
                 | TrainError::Data(_)
                 | TrainError::Tokenizer(_)
-                | TrainError::Planning(PlanningError::Model(_) | PlanningError::Plan(_))
+                | TrainError::Planning(_)
                 | TrainError::Setting { .. }
                 | TrainError::Engine(EngineError::Unsupported { .. })
         )
@@ -81,6 +81,11 @@ impl TrainError {
     /// What to do next, where the message does not say it.
     pub fn hint(&self) -> String {
         match self {
+            TrainError::Planning(planning::PlanningError::Plan(PlanError::DoesNotFit { fits, .. }))
+                if !fits.is_empty() =>
+            {
+                format!("any one of these would fit: {}", fits.join("; "))
+            }
             TrainError::Planning(planning::PlanningError::Plan(_)) => {
                 "lower data.max_length or method.rank, or set engine.recompute = \"all\"".into()
             }

@@ -1,8 +1,8 @@
 //! Chooses micro-batch sizes and what is recomputed: the fastest plan that fits the budget.
 
 use super::checkpoint::PlanChoice;
-use crate::model::{ModelConfig, ModelError, Recompute, TrainingOptions, training_workload};
-use crate::program::{Plan, PlanError, Role, Target, plan};
+use crate::model::{Method, ModelConfig, ModelError, Recompute, TrainingOptions, training_workload};
+use crate::program::{DType, Plan, PlanError, Role, Target, plan};
 
 /// Why no plan came out.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +26,19 @@ pub struct Search<'a> {
     pub update_tokens: usize,
     /// `[engine] recompute`: searched, nothing, everything.
     pub recompute: RecomputeChoice,
+    /// Whether the optimizer's moments lie in the host's memory; none: where nothing else helps.
+    pub host_optimizer: Option<bool>,
+}
+
+/// A step from fast to lean.
+#[derive(Clone, Copy, Debug, Default)]
+struct Stage {
+    cheap: usize,
+    all: usize,
+    offloaded: usize,
+    host_embedding: bool,
+    host_optimizer: bool,
+    small_head: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +82,12 @@ impl Search<'_> {
         }
         match (best, failure) {
             (Some((_, plan, choice)), _) => Ok((plan, choice)),
-            (None, Some(error)) => Err(error.into()),
+            (None, Some(mut error)) => {
+                if let PlanError::DoesNotFit { fits, .. } = &mut error {
+                    *fits = self.settings_that_fit();
+                }
+                Err(error.into())
+            }
             (None, None) => Err(ModelError::Request("no micro-batch size fits the rows".into()).into()),
         }
     }
@@ -79,29 +97,63 @@ impl Search<'_> {
     /// # Errors
     /// When it does not fit any more.
     pub fn repeat(&self, choice: &PlanChoice) -> Result<Plan, PlanningError> {
-        self.build(&choice.sizes, choice.cheap_layers, choice.recomputed_layers)
+        let stage = Stage {
+            cheap: choice.cheap_layers,
+            all: choice.recomputed_layers,
+            offloaded: choice.offloaded_layers,
+            host_embedding: choice.host_embedding,
+            host_optimizer: choice.host_optimizer,
+            small_head: choice.small_head,
+        };
+        self.build(&choice.sizes, stage)
+    }
+
+    /// From fastest to leanest: first the embedding goes to the host, then more and more layers give up the cheap
+    /// values and then all, then the head works in small chunks, then inputs of layers wait on the host, at last the
+    /// optimizer's states do.
+    fn stages(&self) -> Vec<Stage> {
+        let layers = self.config.layers;
+        let host = self.target.reaches_host();
+        let first = match self.recompute {
+            RecomputeChoice::All => layers,
+            _ => 0,
+        };
+        let optimizer = host && self.host_optimizer == Some(true);
+        let mut stages = vec![Stage { cheap: first, all: first, host_optimizer: optimizer, ..Stage::default() }];
+        let mut then = |change: &dyn Fn(&mut Stage)| {
+            let mut stage = stages[stages.len() - 1];
+            change(&mut stage);
+            stages.push(stage);
+        };
+        if host {
+            then(&|stage| stage.host_embedding = true);
+        }
+        if self.recompute == RecomputeChoice::Auto {
+            (1..=layers).for_each(|cheap| then(&|stage| stage.cheap = cheap));
+            (1..=layers).for_each(|all| then(&|stage| stage.all = all));
+        }
+        then(&|stage| stage.small_head = true);
+        if self.recompute == RecomputeChoice::Auto && host {
+            // The last layer's input is wanted at once.
+            (1..layers).for_each(|offloaded| then(&|stage| stage.offloaded = offloaded));
+        }
+        if host && self.host_optimizer.is_none() {
+            then(&|stage| stage.host_optimizer = true);
+        }
+        stages
     }
 
     fn with_top(&self, top: usize) -> Result<(Plan, PlanChoice), PlanningError> {
         let mut sizes: Vec<usize> = self.target.micro_sizes.iter().copied().filter(|&size| size < top).collect();
         sizes.push(top);
-        let layers = self.config.layers;
-        // From fastest to leanest: more and more layers give up first the cheap values, then all.
-        let stages: Vec<(usize, usize)> = match self.recompute {
-            RecomputeChoice::None => vec![(0, 0)],
-            RecomputeChoice::All => vec![(layers, layers)],
-            RecomputeChoice::Auto => {
-                (0..=layers).map(|cheap| (cheap, 0)).chain((1..=layers).map(|all| (layers, all))).collect()
-            }
-        };
+        let stages = self.stages();
         // Memory falls along the stages: find the first that fits.
         let (mut low, mut high) = (0, stages.len() - 1);
-        let build = |index: usize| {
-            let (cheap, all) = stages[index];
-            self.build(&sizes, cheap, all)
-        };
-        if let Ok(plan) = build(0) {
-            return Ok((plan, self.choice(sizes, stages[0])));
+        let build = |index: usize| self.build(&sizes, stages[index]);
+        match build(0) {
+            Ok(plan) => return Ok((plan, self.choice(sizes, stages[0]))),
+            Err(PlanningError::Plan(_)) => {}
+            Err(other) => return Err(other),
         }
         let mut found = build(high)?;
         while low + 1 < high {
@@ -118,24 +170,89 @@ impl Search<'_> {
         Ok((found, self.choice(sizes, stages[high])))
     }
 
-    fn choice(&self, sizes: Vec<usize>, (cheap_layers, recomputed_layers): (usize, usize)) -> PlanChoice {
-        PlanChoice { device: self.target.name.clone(), sizes, cheap_layers, recomputed_layers }
+    fn choice(&self, sizes: Vec<usize>, stage: Stage) -> PlanChoice {
+        PlanChoice {
+            device: self.target.name.clone(),
+            sizes,
+            cheap_layers: stage.cheap,
+            recomputed_layers: stage.all,
+            offloaded_layers: stage.offloaded,
+            host_embedding: stage.host_embedding,
+            host_optimizer: stage.host_optimizer,
+            small_head: stage.small_head,
+        }
     }
 
-    fn build(&self, sizes: &[usize], cheap: usize, all: usize) -> Result<Plan, PlanningError> {
+    fn build(&self, sizes: &[usize], stage: Stage) -> Result<Plan, PlanningError> {
         let mut options = self.options.clone();
         options.sizes = sizes.to_vec();
         options.recompute = (0..self.config.layers)
             .map(|layer| match layer {
-                _ if layer < all => Recompute::All,
-                _ if layer < cheap => Recompute::Cheap,
+                _ if layer < stage.offloaded => Recompute::Offload,
+                _ if layer < stage.all => Recompute::All,
+                _ if layer < stage.cheap => Recompute::Cheap,
                 _ => Recompute::None,
             })
             .collect();
-        let workload = training_workload(self.config, &options, self.target)?;
-        Ok(plan::plan(workload, self.target.clone())?)
+        let mut target = self.target.clone();
+        if stage.small_head {
+            target.logits_bytes = target.logits_bytes.min(SMALL_HEAD_BYTES);
+        }
+        let workload = training_workload(self.config, &options, &target)?;
+        let mut host = std::collections::BTreeSet::new();
+        if stage.host_embedding {
+            host.extend(plan::frozen_embeddings(&workload));
+        }
+        if stage.host_optimizer {
+            host.extend(plan::optimizer_states(&workload));
+        }
+        Ok(plan::plan_with_host(workload, target, host)?)
+    }
+
+    /// Changes of one setting with which a plan fits, nearest first, as the run file spells them.
+    fn settings_that_fit(&self) -> Vec<String> {
+        let mut fits = Vec::new();
+        let leanest = |search: &Search<'_>| {
+            let sizes = &search.target.micro_sizes;
+            let top = sizes.iter().copied().find(|&size| size >= search.longest_row).unwrap_or(search.longest_row);
+            let stages = search.stages();
+            search.build(&[top], stages[stages.len() - 1]).is_ok()
+        };
+        let cuda = self.target.engine == "cuda";
+        if self.recompute != RecomputeChoice::Auto
+            && leanest(&Search { recompute: RecomputeChoice::Auto, ..self.clone() })
+        {
+            fits.push("engine.recompute = \"auto\"".to_string());
+        }
+        if cuda && !self.options.eight_bit {
+            let options = TrainingOptions { eight_bit: true, ..self.options.clone() };
+            if leanest(&Search { options, ..self.clone() }) {
+                fits.push("train.optimizer = \"adamw8bit\"".to_string());
+            }
+        }
+        let mut length = self.longest_row;
+        while length > 64 {
+            length /= 2;
+            if leanest(&Search { longest_row: length, ..self.clone() }) {
+                fits.push(format!("data.max_length = {length}"));
+                break;
+            }
+        }
+        if let Method::Lora { adapter, weights } = &self.options.method {
+            if cuda && *weights != Some(DType::Nf4) {
+                let method = Method::Lora { adapter: adapter.clone(), weights: Some(DType::Nf4) };
+                let options = TrainingOptions { method, ..self.options.clone() };
+                if leanest(&Search { options, ..self.clone() }) {
+                    fits.push("method.kind = \"qlora\"".to_string());
+                }
+            }
+        }
+        fits
     }
 }
+
+/// Bytes of logits in a small chunk of the head.
+const SMALL_HEAD_BYTES: u64 = 32 << 20;
 
 /// Keeps the first, the last, and between them sizes at least half as large again as the one before.
 fn thin(sizes: &[usize]) -> Vec<usize> {

@@ -184,7 +184,12 @@ pub fn search<'a>(
         "all" => RecomputeChoice::All,
         _ => RecomputeChoice::Auto,
     };
-    Ok(Search { config, options, target, longest_row, update_tokens, recompute })
+    let host_optimizer = match spec.train.optimizer_memory.as_str() {
+        "device" => Some(false),
+        "host" => Some(true),
+        _ => None,
+    };
+    Ok(Search { config, options, target, longest_row, update_tokens, recompute, host_optimizer })
 }
 
 /// Type that frozen weights are quantized to; none for as stored.

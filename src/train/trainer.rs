@@ -104,7 +104,19 @@ pub fn train(spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) ->
         .filter(|program| program.role == Role::Micro)
         .map(|program| (program.tokens, program.estimated_seconds))
         .collect();
-    let session = backend::open(plan, prepared.model.weights.clone(), &choice.device)?;
+    let table = resumed.as_ref().and_then(|state| state.tuning.clone());
+    let session = backend::open_tuned(plan, prepared.model.weights.clone(), &choice.device, table.as_deref())?;
+    let tuning = session.tuning();
+    if resumed.as_ref().is_some_and(|state| state.plan == plan_choice) && table != tuning {
+        controls.emit(Event::Warning {
+            rule: "resume".into(),
+            message:
+                "the tuning table of the checkpoint is of another card, driver or library: results will differ in \
+                      the last bits from an uninterrupted run"
+                    .into(),
+            advice: "resume with the card, driver and libraries that the run began with for the same bits".into(),
+        });
+    }
     let mut stepper = Stepper::new(session, spec.train.seed, spec.train.betas, prepared.model.config.padding_token)?;
     if let Some(adapter) = &prepared.adapter {
         stepper.load_adapter(adapter)?;
@@ -113,7 +125,7 @@ pub fn train(spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) ->
         checkpoint::restore(checkpoint, &mut stepper)?;
     }
     let changes = changes_to_repeat(folder, resumed.as_ref());
-    let state = resumed.unwrap_or(State {
+    let mut state = resumed.unwrap_or(State {
         step: 0,
         learning_rate: prepared.learning_rate,
         best: None,
@@ -121,8 +133,10 @@ pub fn train(spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) ->
         loss_sum: 0.0,
         seconds: 0.0,
         last_eval: None,
-        plan: plan_choice,
+        plan: plan_choice.clone(),
+        tuning: None,
     });
+    (state.plan, state.tuning) = (plan_choice, tuning);
     let schedule = RateSchedule::new(spec.train.schedule, spec.train.warmup, prepared.steps);
     let generator = match spec.sample.prompts.is_empty() {
         true => None,
@@ -191,11 +205,20 @@ fn plan_event(plan: &Plan, choice: &checkpoint::PlanChoice, prepared: &Prepared)
     let per_step = tokens as f64 / prepared.steps_per_epoch as f64;
     let (size, micro) = seconds(Role::Micro);
     let layers = prepared.model.config.layers;
-    let recompute = match (choice.recomputed_layers, choice.cheap_layers) {
+    let mut recompute = match (choice.recomputed_layers, choice.cheap_layers) {
         (0, 0) => "nothing is computed again".to_string(),
         (0, cheap) => format!("norms and gated products of {cheap} of {layers} layers are computed again"),
         (all, _) => format!("{all} of {layers} layers are computed again"),
     };
+    for (moved, what) in [
+        (choice.offloaded_layers > 0, format!("inputs of {} layers wait in host memory", choice.offloaded_layers)),
+        (choice.host_embedding, "the embedding is left in host memory".into()),
+        (choice.host_optimizer, "optimizer states are kept in host memory".into()),
+    ] {
+        if moved {
+            recompute = format!("{recompute}; {what}");
+        }
+    }
     Event::Plan {
         peak_bytes: plan.summary.peak_bytes,
         bytes: plan.summary.bytes.iter().map(|(kind, bytes)| (kind.to_string(), *bytes)).collect(),

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use cudarc::driver::{result, sys};
 
-use super::driver::{Card, During, zero};
+use super::driver::{Card, During, copy, zero};
 use super::product::{Matrix, Prepared, Products};
 use crate::backend::EngineError;
 
@@ -122,6 +122,7 @@ pub(super) enum Command {
     Launch(Launch),
     Product(Box<Prepared>),
     Zero { pointer: u64, bytes: u64 },
+    Copy { from: u64, to: u64, bytes: u64 },
 }
 
 impl Command {
@@ -130,6 +131,7 @@ impl Command {
             Command::Launch(launch) => launch.run(card),
             Command::Product(prepared) => products.launch(prepared),
             Command::Zero { pointer, bytes } => zero(card, *pointer, *bytes),
+            Command::Copy { from, to, bytes } => copy(card, *from, *to, *bytes),
         }
     }
 }

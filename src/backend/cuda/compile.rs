@@ -186,13 +186,13 @@ impl KernelCache {
 }
 
 /// Contents of a file that begins with their SHA-256; none when it is missing or damaged.
-fn read_checked(path: &Path) -> Option<Vec<u8>> {
+pub(super) fn read_checked(path: &Path) -> Option<Vec<u8>> {
     let bytes = std::fs::read(path).ok()?;
     let (digest, contents) = bytes.split_at_checked(32)?;
     (Sha256::digest(contents).as_slice() == digest).then(|| contents.to_vec())
 }
 
-fn write_checked(path: &Path, contents: &[u8]) -> std::io::Result<()> {
+pub(super) fn write_checked(path: &Path, contents: &[u8]) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     let folder = path.parent().unwrap_or(Path::new("."));
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;

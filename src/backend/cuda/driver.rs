@@ -43,6 +43,7 @@ impl<T> During<T> for Result<T, cudarc::cublaslt::result::CublasError> {
 
 /// An opened card: its context, and the stream on which everything runs.
 pub(super) struct Card {
+    pub name: String,
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub stream: sys::CUstream,
@@ -112,8 +113,8 @@ impl Card {
         // SAFETY: the context was just retained.
         unsafe { result::ctx::set_current(context) }.during("binding the context")?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).during("making a stream")?;
-        let CardFacts { capability, multiprocessors, .. } = facts;
-        Ok(Arc::new(Self { device, context, stream, capability, multiprocessors }))
+        let CardFacts { name, capability, multiprocessors, .. } = facts;
+        Ok(Arc::new(Self { name, device, context, stream, capability, multiprocessors }))
     }
 
     /// Makes the context current on the calling thread.
@@ -199,13 +200,27 @@ pub(super) fn read(card: &Card, pointer: u64, bytes: &mut [u8]) -> Result<(), En
     card.synchronize()
 }
 
+/// Copies between any memory that the card reaches, page-locked host memory included, in the order of the stream.
+pub(super) fn copy(card: &Card, from: u64, to: u64, bytes: u64) -> Result<(), EngineError> {
+    // SAFETY: callers pass ranges of memory that they own, which live until the stream has passed.
+    unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, card.stream) }.result().during("copying on the card")
+}
+
+/// The newest CUDA version that the driver runs, times a thousand.
+pub(super) fn version() -> i32 {
+    let mut version = 0;
+    // SAFETY: the driver is loaded; the pointer is a live integer.
+    let _ = unsafe { sys::cuDriverGetVersion(&mut version) };
+    version
+}
+
 /// Zeroes device memory, in the order of the stream.
 pub(super) fn zero(card: &Card, pointer: u64, bytes: u64) -> Result<(), EngineError> {
     // SAFETY: callers pass a range of device memory that they own.
     unsafe { result::memset_d8_async(pointer, 0, bytes as usize, card.stream) }.during("zeroing memory")
 }
 
-/// Page-locked host memory, for copies that run beside other work.
+/// Page-locked host memory, for copies that run beside other work, and for kernels to reach at its own address.
 pub(super) struct PinnedMemory {
     card: Arc<Card>,
     start: *mut u8,
@@ -215,8 +230,14 @@ pub(super) struct PinnedMemory {
 impl PinnedMemory {
     pub fn new(card: &Arc<Card>, bytes: usize) -> Result<Self, EngineError> {
         // SAFETY: a context is current; freed in `drop`.
-        let start = unsafe { result::malloc_host(bytes, 0) }.during("page-locked memory on the host")?;
+        let start = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }
+            .during(&format!("{bytes} bytes of page-locked memory on the host"))?;
         Ok(Self { card: card.clone(), start: start.cast(), bytes })
+    }
+
+    /// Where kernels find it: with unified addressing, which every 64-bit system has, at the host's own address.
+    pub fn address(&self) -> u64 {
+        self.start as u64
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {

@@ -3,10 +3,10 @@
 //! Persistent buffers share one allocation. The weights of one linear operation lie end to end (and so do its LoRA
 //! matrices and their gradients), so that projections that share an input run as one product.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::driver::{Card, DeviceMemory, failed, zero};
+use super::driver::{Card, DeviceMemory, PinnedMemory, failed, zero};
 use super::product::Matrix;
 use crate::backend::EngineError;
 use crate::program::{Access, Buffer, BufferId, Columns, DType, Kind, Op, Placement, Plan, Workload};
@@ -62,6 +62,8 @@ pub(super) struct Memory {
     stored: Vec<DType>,
     persistent: DeviceMemory,
     segments: Vec<DeviceMemory>,
+    /// Buffers that the plan leaves on the host, each with its memory.
+    host: HashMap<BufferId, PinnedMemory>,
     pub scratch: DeviceMemory,
 }
 
@@ -79,7 +81,8 @@ impl Memory {
             workload.buffers.iter().zip(&written).map(|(buffer, &written)| stored(buffer, written)).collect();
         let mut addresses = vec![0; workload.buffers.len()];
         let mut end = 0u64;
-        for group in groups(workload) {
+        for mut group in groups(workload) {
+            group.retain(|id| !plan.host.contains(id));
             let mut next = end.next_multiple_of(ALIGNMENT);
             for id in group {
                 // Members that end on no 16-byte boundary cannot touch.
@@ -95,7 +98,20 @@ impl Memory {
             segments.push(DeviceMemory::new(card, bytes, &format!("arena segment {index}"))?);
         }
         let scratch = DeviceMemory::new(card, SCRATCH_BYTES, "scratch")?;
+        let mut host = HashMap::new();
+        for &id in &plan.host {
+            let bytes = stored_bytes(workload.buffer(id), stored[id.index()]);
+            let mut memory = PinnedMemory::new(card, bytes.max(16) as usize)?;
+            if workload.buffer(id).kind == Kind::Optimizer {
+                memory.bytes_mut().fill(0);
+            }
+            host.insert(id, memory);
+        }
         for (index, buffer) in workload.buffers.iter().enumerate() {
+            if let Some(memory) = host.get(&BufferId(index as u32)) {
+                addresses[index] = memory.address();
+                continue;
+            }
             addresses[index] = match plan.placements[index] {
                 Placement::Arena { segment, offset } => {
                     if offset + buffer.bytes() > segments[segment].bytes {
@@ -108,7 +124,7 @@ impl Memory {
                 Placement::Own => addresses[index] + persistent.pointer,
             };
         }
-        let memory = Self { addresses, stored, persistent, segments, scratch };
+        let memory = Self { addresses, stored, persistent, segments, host, scratch };
         zero(card, memory.persistent.pointer, memory.persistent.bytes)?;
         memory.zero_arena(card)?;
         Ok(memory)
@@ -129,6 +145,11 @@ impl Memory {
 
     pub fn address(&self, id: BufferId) -> u64 {
         self.addresses[id.index()]
+    }
+
+    /// Whether the buffer lies in page-locked memory of the host.
+    pub fn on_host(&self, id: BufferId) -> bool {
+        self.host.contains_key(&id)
     }
 
     /// The type in which the buffer is held.

@@ -15,6 +15,7 @@ mod product;
 mod session;
 mod tables;
 mod target;
+mod tuning;
 mod weights;
 
 pub use doctor::{Fix, doctor, fix};
@@ -35,7 +36,21 @@ pub(crate) const ENGINE: &str = "cuda";
 /// # Errors
 /// When a library is missing, the card is too old or too full, a weight is missing, or an operation has no kernel.
 pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, ordinal: usize) -> Result<CudaSession, EngineError> {
-    CudaSession::open(plan, weights.as_ref(), ordinal)
+    CudaSession::open(plan, weights.as_ref(), ordinal, None)
+}
+
+/// As [`open`], with the tuning table that an earlier session gave ([`Session::tuning`](super::Session::tuning)): where
+/// card, driver and library are the same, results are the same bits.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_tuned(
+    plan: Plan,
+    weights: Arc<dyn WeightSource>,
+    ordinal: usize,
+    tuning: Option<&str>,
+) -> Result<CudaSession, EngineError> {
+    CudaSession::open(plan, weights.as_ref(), ordinal, tuning)
 }
 
 /// The cards that the driver shows; none when there is no driver.

@@ -3,13 +3,14 @@
 //! All matrices are row-major. cuBLASLt is column-major, where the same memory is the transpose; the product is
 //! therefore asked for as `outputᵀ = rightᵀ · leftᵀ`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::cublaslt::{result, sys};
 
-use super::driver::{Card, DeviceMemory, During, Event, failed};
+use super::driver::{Card, DeviceMemory, During, Event, failed, version as driver_version};
+use super::tuning::{Algorithm, Tuning};
 use crate::backend::EngineError;
 use crate::program::DType;
 
@@ -165,7 +166,11 @@ pub(super) struct Products {
     workspace: DeviceMemory,
     /// f32 0 and 1.
     constants: DeviceMemory,
-    chosen: HashMap<String, [u64; 8]>,
+    tuning: Tuning,
+    /// Shapes whose entry the library was asked about.
+    checked: HashSet<String>,
+    /// Answers of [`Products::second_adds`].
+    orders: HashMap<String, bool>,
 }
 
 impl Drop for Products {
@@ -181,14 +186,23 @@ fn type_of(dtype: DType) -> sys::cudaDataType {
 }
 
 impl Products {
-    pub fn new(card: &Arc<Card>) -> Result<Self, EngineError> {
+    /// `tuning`: a table that an earlier session gave.
+    pub fn new(card: &Arc<Card>, tuning: Option<&str>) -> Result<Self, EngineError> {
+        let made_with = format!(
+            "{}, driver for CUDA {}, cuBLASLt {}, workspace {WORKSPACE_BYTES}",
+            card.name,
+            driver_version(),
+            version()
+        );
         let handle = result::create_handle().during("starting cuBLASLt")?;
         Ok(Self {
             card: card.clone(),
             handle,
             workspace: DeviceMemory::new(card, WORKSPACE_BYTES, "cuBLASLt's workspace")?,
             constants: DeviceMemory::with(card, bytemuck::cast_slice(&[0.0f32, 1.0]), "constants")?,
-            chosen: HashMap::new(),
+            tuning: Tuning::new(made_with, tuning),
+            checked: HashSet::new(),
+            orders: HashMap::new(),
         })
     }
 
@@ -233,9 +247,12 @@ impl Products {
     pub fn prepare(&mut self, product: Product) -> Result<Prepared, EngineError> {
         let mut prepared = self.describe(product)?;
         let key = prepared.product.key();
-        if let Some(data) = self.chosen.get(&key) {
-            prepared.algorithm.data = *data;
-            return Ok(prepared);
+        if let Some(chosen) = self.tuning.get(&key) {
+            prepared.algorithm.data = chosen.data;
+            if self.checked.contains(&key) || self.takes(&prepared) {
+                self.checked.insert(key);
+                return Ok(prepared);
+            }
         }
         let mut best: Option<(f32, [u64; 8])> = None;
         for candidate in self.proposals(&prepared)? {
@@ -251,8 +268,64 @@ impl Products {
         let rate = prepared.product.flops() as f64 / f64::from(milliseconds) * 1e-9;
         tracing::debug!("product {key}: {milliseconds:.4} ms, {rate:.0} TFLOP/s");
         prepared.algorithm.data = data;
-        self.chosen.insert(key, data);
+        self.checked.insert(key.clone());
+        self.tuning.insert(key, Algorithm { data, milliseconds });
         Ok(prepared)
+    }
+
+    /// Of two sets of products that add up in the same outputs: whether it takes less time to let `first` write and
+    /// `second` add than the other way round. By the times in the table, so that the answer repeats with it.
+    pub fn second_adds(&mut self, first: &[Product], second: &[Product]) -> Result<bool, EngineError> {
+        let key: String = first.iter().chain(second).map(|product| product.key() + ";").collect();
+        if let Some(&known) = self.orders.get(&key) {
+            return Ok(known);
+        }
+        let in_order = self.time_of(first, false)? + self.time_of(second, true)?;
+        let in_reverse = self.time_of(second, false)? + self.time_of(first, true)?;
+        self.orders.insert(key, in_order < in_reverse);
+        Ok(in_order < in_reverse)
+    }
+
+    /// Milliseconds of the products as they are, or all of them adding to their outputs.
+    fn time_of(&mut self, products: &[Product], adding: bool) -> Result<f32, EngineError> {
+        let mut sum = 0.0;
+        for product in products {
+            let product = Product { accumulate: product.accumulate || adding, ..product.clone() };
+            let key = product.key();
+            self.prepare(product)?;
+            sum += self.tuning.get(&key).map_or(0.0, |chosen| chosen.milliseconds);
+        }
+        Ok(sum)
+    }
+
+    /// The table of this session's choices.
+    pub fn tuning(&self) -> String {
+        self.tuning.text()
+    }
+
+    /// Keeps the choices for later sessions.
+    pub fn keep_tuning(&mut self) {
+        self.tuning.keep();
+    }
+
+    /// Whether the library runs the product with the algorithm that it is given.
+    fn takes(&self, prepared: &Prepared) -> bool {
+        // SAFETY: a struct of plain numbers, for which zero bytes are valid.
+        let mut result: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        // SAFETY: all descriptors are alive.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                prepared.operation,
+                prepared.right,
+                prepared.left,
+                prepared.output,
+                prepared.output,
+                &prepared.algorithm,
+                &mut result,
+            )
+        };
+        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize as u64 <= WORKSPACE_BYTES
     }
 
     fn proposals(&self, prepared: &Prepared) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {

@@ -38,11 +38,17 @@ pub struct CudaSession {
 }
 
 impl CudaSession {
-    /// Opens the card, allocates everything, loads the weights, decides every launch.
+    /// Opens the card, allocates everything, loads the weights, decides every launch. `tuning`: the table of an earlier
+    /// session.
     ///
     /// # Errors
     /// When the card is too old or too full, a weight is missing, or an operation has no kernel.
-    pub fn open(plan: Plan, weights: &dyn WeightSource, ordinal: usize) -> Result<Self, EngineError> {
+    pub fn open(
+        plan: Plan,
+        weights: &dyn WeightSource,
+        ordinal: usize,
+        tuning: Option<&str>,
+    ) -> Result<Self, EngineError> {
         super::require_libraries()?;
         let card = Card::open(ordinal)?;
         let mut kernels = Kernels::new(&card)?;
@@ -55,7 +61,7 @@ impl CudaSession {
         for (id, values) in &plan.workload.constants {
             super::driver::write(&card, memory.address(*id), bytemuck::cast_slice(values))?;
         }
-        let mut products = Products::new(&card)?;
+        let mut products = Products::new(&card, tuning)?;
         let mut kept = Vec::new();
         fill_noise(&card, &mut kernels, &memory)?;
         let mut programs = Vec::new();
@@ -65,6 +71,7 @@ impl CudaSession {
             let steps: Vec<_> = program.steps.iter().map(|step| lowering.lower(&step.op)).collect::<Result<_, _>>()?;
             programs.push(steps);
         }
+        products.keep_tuning();
         // Timing the products left its marks.
         memory.zero_arena(&card)?;
         for kind in [Kind::Gradient, Kind::Output, Kind::Cache] {
@@ -202,6 +209,10 @@ impl Session for CudaSession {
     fn synchronize(&mut self) -> Result<(), EngineError> {
         self.card.bind()?;
         self.card.synchronize()
+    }
+
+    fn tuning(&self) -> Option<String> {
+        Some(self.products.tuning())
     }
 
     fn allocated_bytes(&self) -> u64 {

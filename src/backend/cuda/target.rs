@@ -96,7 +96,8 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64) -
         alignment: 256,
         compute: DType::BF16,
         trainable: DType::BF16,
-        micro_sizes: vec![256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
+        // Close together where updates of short rows end: what no row fills is computed for nothing.
+        micro_sizes: vec![256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 8192, 16384, 32768],
         rates: Rates {
             flops: matrix_tflops * 1e12,
             attention_flops: matrix_tflops * 0.45e12,

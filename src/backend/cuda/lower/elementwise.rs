@@ -2,7 +2,7 @@
 
 use super::{Lowering, row_threads, vector};
 use crate::backend::EngineError;
-use crate::backend::cuda::command::arguments;
+use crate::backend::cuda::command::{Command, arguments};
 use crate::backend::cuda::driver::unsupported;
 use crate::backend::cuda::memory::SCRATCH_BYTES;
 use crate::program::{Activation, BufferId, DType, Direction, Op};
@@ -249,6 +249,16 @@ impl Lowering<'_> {
     }
 
     fn cast(&mut self, pairs: &[(BufferId, BufferId)]) -> Result<(), EngineError> {
+        // To and from the host the copy engines are faster than a kernel.
+        let crosses = |from: BufferId, to: BufferId| {
+            self.memory.stored(from) == self.memory.stored(to) && self.memory.on_host(from) != self.memory.on_host(to)
+        };
+        let (copies, pairs): (Vec<_>, Vec<_>) = pairs.iter().copied().partition(|&(from, to)| crosses(from, to));
+        for (from, to) in copies {
+            let bytes = self.memory.stored(from).bytes(&self.workload.buffer(from).shape);
+            self.commands.push(Command::Copy { from: self.address(from), to: self.address(to), bytes });
+        }
+        let pairs = &pairs;
         let mut kinds: Vec<(DType, DType)> =
             pairs.iter().map(|&(from, to)| (self.memory.stored(from), self.memory.stored(to))).collect();
         kinds.sort_by_key(|(from, to)| (from.name(), to.name()));

@@ -35,6 +35,9 @@ fn side_by_side(first: Matrix, second: Matrix) -> Option<Matrix> {
 /// A pair of matrices of one product: stacked rows of the first go with columns of the second.
 type Pair = (Matrix, Matrix);
 
+/// Columns of quantized weights: (weight, first, count).
+type Unpacked = Vec<(BufferId, usize, usize)>;
+
 /// Joins neighbours of a list where both matrices touch.
 fn join(pairs: impl IntoIterator<Item = Pair>) -> Vec<Pair> {
     let mut joined: Vec<Pair> = Vec::new();
@@ -58,30 +61,29 @@ impl Lowering<'_> {
         for projection in projections.iter().filter(|projection| projection.bias.is_some()) {
             self.broadcast_bias(projection)?;
         }
-        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
-        if self.all_quantized(&weights)? {
-            for projection in projections {
-                let output = self.columns(projection.output);
-                self.quantized_forward(x, projection.weight, output, projection.bias.is_some())?;
-            }
-        } else if biased {
-            // A bias is there before the product adds to it: only projections alike may be joined.
-            for has_bias in [false, true] {
-                let alike = projections.iter().filter(|projection| projection.bias.is_some() == has_bias);
-                let pairs: Vec<Pair> = alike.map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
-                self.forward_products(x, pairs, has_bias)?;
-            }
-        } else {
-            let pairs: Vec<Pair> =
-                projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
-            self.forward_products(x, pairs, false)?;
-        }
         let adapted: Vec<(&Projection, &Lora)> = projections
             .iter()
             .filter_map(|projection| projection.lora.as_ref().map(|lora| (projection, lora)))
             .collect();
-        for (_, lora) in &adapted {
+        let mut branches = Vec::new();
+        for (projection, lora) in &adapted {
             self.expect("linear", &[lora.a, lora.b, lora.middle.buffer], DType::BF16)?;
+            branches.push(Product {
+                left: self.columns(lora.middle),
+                left_transposed: false,
+                right: self.matrix(lora.b),
+                right_transposed: true,
+                output: self.columns(projection.output),
+                alpha: Alpha::Device(self.address(lora.scale)),
+                accumulate: false,
+            });
+        }
+        let branch_first = !biased && adapted.len() == projections.len() && {
+            let whole = self.whole_products(x, projections)?;
+            self.products.second_adds(&branches, &whole)?
+        };
+        if !branch_first {
+            self.whole(x, projections, biased, false)?;
         }
         let plain = adapted.iter().filter(|(_, lora)| lora.dropout.is_none());
         let pairs: Vec<Pair> = plain.map(|(_, lora)| (self.matrix(lora.a), self.columns(lora.middle))).collect();
@@ -91,32 +93,61 @@ impl Lowering<'_> {
                 self.dropped_middle(x, lora, dropout)?;
             }
         }
-        for (projection, lora) in adapted {
-            self.product(Product {
-                left: self.columns(lora.middle),
-                left_transposed: false,
-                right: self.matrix(lora.b),
-                right_transposed: true,
-                output: self.columns(projection.output),
-                alpha: Alpha::Device(self.address(lora.scale)),
-                accumulate: true,
-            })?;
+        for branch in branches {
+            self.product(Product { accumulate: !branch_first, ..branch })?;
+        }
+        if branch_first {
+            self.whole(x, projections, false, true)?;
         }
         Ok(())
+    }
+
+    /// The products with the whole weights; `accumulate` where the LoRA branch is there already.
+    fn whole(
+        &mut self,
+        x: Matrix,
+        projections: &[Projection],
+        biased: bool,
+        accumulate: bool,
+    ) -> Result<(), EngineError> {
+        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
+        if self.all_quantized(&weights)? {
+            for projection in projections {
+                let output = self.columns(projection.output);
+                self.quantized_forward(x, projection.weight, output, accumulate || projection.bias.is_some())?;
+            }
+            return Ok(());
+        }
+        if !biased {
+            let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
+            return self.forward_products(x, pairs, accumulate);
+        }
+        // A bias is there before the product adds to it: only projections alike may be joined.
+        for has_bias in [false, true] {
+            let alike = projections.iter().filter(|projection| projection.bias.is_some() == has_bias);
+            let pairs: Vec<Pair> = alike.map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
+            self.forward_products(x, pairs, accumulate || has_bias)?;
+        }
+        Ok(())
+    }
+
+    /// The products of [`Self::whole`] without bias, for timing.
+    fn whole_products(&self, x: Matrix, projections: &[Projection]) -> Result<Vec<Product>, EngineError> {
+        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
+        if self.all_quantized(&weights)? {
+            let part = |projection: &Projection| {
+                self.quantized_forward_parts(x, projection.weight, self.columns(projection.output), false)
+            };
+            return Ok(projections.iter().flat_map(part).map(|(_, _, product)| product).collect());
+        }
+        let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output)));
+        Ok(join(pairs).into_iter().map(|(weight, output)| forward_product(x, weight, output, false)).collect())
     }
 
     /// `columns (+)= x · rowsᵀ` for each pair, neighbours joined.
     fn forward_products(&mut self, x: Matrix, pairs: Vec<Pair>, accumulate: bool) -> Result<(), EngineError> {
         for (weight, output) in join(pairs) {
-            self.product(Product {
-                left: x,
-                left_transposed: false,
-                right: weight,
-                right_transposed: true,
-                output,
-                alpha: Alpha::One,
-                accumulate,
-            })?;
+            self.product(forward_product(x, weight, output, accumulate))?;
         }
         Ok(())
     }
@@ -187,8 +218,18 @@ impl Lowering<'_> {
         self.expect("linear_backward", grad_input.as_slice(), DType::BF16)?;
         let x = self.matrix(input);
         let grad_input = grad_input.map(|id| self.matrix(id));
+        let mut branch_first = false;
         if let Some(grad_input) = grad_input {
-            self.grad_input(grad_input, projections)?;
+            let whole = self.grad_input_parts(grad_input, projections, false)?;
+            let plain = projections.iter().all(|p| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_none()));
+            if plain {
+                let whole: Vec<Product> = whole.into_iter().map(|(_, product)| product).collect();
+                let branches = self.grad_input_branches(grad_input, projections);
+                branch_first = self.products.second_adds(&branches, &whole)?;
+            }
+            if !branch_first {
+                self.grad_input(grad_input, projections, false)?;
+            }
         }
         let mut pairs = Vec::new();
         for projection in projections {
@@ -203,29 +244,102 @@ impl Lowering<'_> {
             }
         }
         self.weight_gradients(x, pairs)?;
-        self.lora_backward(x, grad_input, projections)
+        self.lora_backward(x, grad_input, projections, branch_first)?;
+        match grad_input {
+            Some(grad_input) if branch_first => self.grad_input(grad_input, projections, true),
+            _ => Ok(()),
+        }
     }
 
-    /// `grad_input = Σ grad_output · weight`.
-    fn grad_input(&mut self, grad_input: Matrix, projections: &[ProjectionBackward]) -> Result<(), EngineError> {
-        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
-        if self.all_quantized(&weights)? {
-            return self.quantized_backward(grad_input, projections);
-        }
-        let pairs: Vec<Pair> =
-            projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.grad_output))).collect();
-        for (index, (weight, grad_output)) in join(pairs).into_iter().enumerate() {
-            self.product(Product {
-                left: grad_output,
-                left_transposed: false,
-                right: weight,
-                right_transposed: false,
-                output: grad_input,
-                alpha: Alpha::One,
-                accumulate: index > 0,
-            })?;
+    /// `grad_input (+)= Σ grad_output · weight`.
+    fn grad_input(
+        &mut self,
+        grad_input: Matrix,
+        projections: &[ProjectionBackward],
+        accumulate: bool,
+    ) -> Result<(), EngineError> {
+        let scratch = self.memory.scratch.pointer;
+        for (unpacked, product) in self.grad_input_parts(grad_input, projections, accumulate)? {
+            let mut to = scratch;
+            for (weight, first, count) in unpacked {
+                let rows = self.rows(weight);
+                self.unpack(weight, (0, rows), (first, count), to)?;
+                to += (2 * rows * count) as u64;
+            }
+            self.product(product)?;
         }
         Ok(())
+    }
+
+    /// The products of [`Self::grad_input`], each with the columns of quantized weights to unpack before it:
+    /// (weight, first, count). Of quantized weights a block of columns at a time, with the rows of all projections whose
+    /// output gradients lie side by side.
+    fn grad_input_parts(
+        &self,
+        grad_input: Matrix,
+        projections: &[ProjectionBackward],
+        accumulate: bool,
+    ) -> Result<Vec<(Unpacked, Product)>, EngineError> {
+        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
+        let product = |left: Matrix, right: Matrix, output: Matrix, index: usize| Product {
+            left,
+            left_transposed: false,
+            right,
+            right_transposed: false,
+            output,
+            alpha: Alpha::One,
+            accumulate: accumulate || index > 0,
+        };
+        if !self.all_quantized(&weights)? {
+            let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.grad_output)));
+            let parts = join(pairs).into_iter().enumerate();
+            return Ok(parts.map(|(index, (w, grad))| (Vec::new(), product(grad, w, grad_input, index))).collect());
+        }
+        let mut groups: Vec<(Vec<BufferId>, Matrix)> = Vec::new();
+        for projection in projections {
+            let grad_output = self.columns(projection.grad_output);
+            if let Some((weights, last)) = groups.last_mut()
+                && let Some(joined) = side_by_side(*last, grad_output)
+            {
+                weights.push(projection.weight);
+                *last = joined;
+            } else {
+                groups.push((vec![projection.weight], grad_output));
+            }
+        }
+        let scratch = self.memory.scratch.pointer;
+        let mut parts = Vec::new();
+        for (index, (weights, grad_output)) in groups.into_iter().enumerate() {
+            let columns = grad_input.columns;
+            let whole = !columns.is_multiple_of(64);
+            let fitting = SCRATCH_BYTES as usize / (2 * grad_output.columns);
+            if whole && fitting < columns {
+                return Err(unsupported(format!("4-bit weights with rows of {columns}, not a multiple of 64")));
+            }
+            let column_blocks = if whole { vec![(0, columns)] } else { blocks(columns, fitting, 64) };
+            for (first, count) in column_blocks {
+                let unpacked = weights.iter().map(|&weight| (weight, first, count)).collect();
+                let right = Matrix::new(scratch, DType::BF16, grad_output.columns, count);
+                parts.push((unpacked, product(grad_output, right, grad_input.slice_columns(first, count), index)));
+            }
+        }
+        Ok(parts)
+    }
+
+    /// `grad_input = Σ grad_middle · a` of the LoRA branches without dropout, neighbours joined.
+    fn grad_input_branches(&self, grad_input: Matrix, projections: &[ProjectionBackward]) -> Vec<Product> {
+        let plain = projections.iter().filter_map(|p| p.lora.as_ref()).filter(|lora| lora.dropout.is_none());
+        let pairs = plain.map(|lora| (self.matrix(lora.a), self.columns(lora.grad_middle)));
+        let branch = |(index, (a, grad_middle)): (usize, Pair)| Product {
+            left: grad_middle,
+            left_transposed: false,
+            right: a,
+            right_transposed: false,
+            output: grad_input,
+            alpha: Alpha::One,
+            accumulate: index > 0,
+        };
+        join(pairs).into_iter().enumerate().map(branch).collect()
     }
 
     /// `rows += columnsᵀ · x` for each pair, neighbours joined.
@@ -249,6 +363,7 @@ impl Lowering<'_> {
         x: Matrix,
         grad_input: Option<Matrix>,
         projections: &[ProjectionBackward],
+        branch_first: bool,
     ) -> Result<(), EngineError> {
         let adapted: Vec<(&ProjectionBackward, &LoraBackward)> = projections
             .iter()
@@ -284,18 +399,9 @@ impl Lowering<'_> {
         let pairs = plain.iter().map(|lora| (self.matrix(lora.grad_a), self.columns(lora.grad_middle))).collect();
         self.weight_gradients(x, pairs)?;
         if let Some(grad_input) = grad_input {
-            let pairs: Vec<Pair> =
-                plain.iter().map(|lora| (self.matrix(lora.a), self.columns(lora.grad_middle))).collect();
-            for (a, grad_middle) in join(pairs) {
-                self.product(Product {
-                    left: grad_middle,
-                    left_transposed: false,
-                    right: a,
-                    right_transposed: false,
-                    output: grad_input,
-                    alpha: Alpha::One,
-                    accumulate: true,
-                })?;
+            for branch in self.grad_input_branches(grad_input, projections) {
+                let accumulate = branch.accumulate || !branch_first;
+                self.product(Product { accumulate, ..branch })?;
             }
         }
         for (_, lora) in adapted {
@@ -432,70 +538,43 @@ impl Lowering<'_> {
         output: Matrix,
         accumulate: bool,
     ) -> Result<(), EngineError> {
-        let (rows, columns) = (self.rows(weight), self.width(weight));
+        let columns = self.width(weight);
         let scratch = self.memory.scratch.pointer;
-        for (first, count) in blocks(rows, SCRATCH_BYTES as usize / (2 * columns), 128) {
+        for (first, count, product) in self.quantized_forward_parts(x, weight, output, accumulate) {
             self.unpack(weight, (first, count), (0, columns), scratch)?;
-            self.product(Product {
-                left: x,
-                left_transposed: false,
-                right: Matrix::new(scratch, DType::BF16, count, columns),
-                right_transposed: true,
-                output: output.slice_columns(first, count),
-                alpha: Alpha::One,
-                accumulate,
-            })?;
+            self.product(product)?;
         }
         Ok(())
     }
 
-    /// `grad_input = Σ grad_output · weight`, a block of columns at a time with the rows of all projections whose
-    /// output gradients lie side by side: every element is summed in one product.
-    fn quantized_backward(
-        &mut self,
-        grad_input: Matrix,
-        projections: &[ProjectionBackward],
-    ) -> Result<(), EngineError> {
-        let mut groups: Vec<(Vec<BufferId>, Matrix)> = Vec::new();
-        for projection in projections {
-            let grad_output = self.columns(projection.grad_output);
-            if let Some((weights, last)) = groups.last_mut()
-                && let Some(joined) = side_by_side(*last, grad_output)
-            {
-                weights.push(projection.weight);
-                *last = joined;
-            } else {
-                groups.push((vec![projection.weight], grad_output));
-            }
-        }
+    /// Blocks of the weight's rows that fit the scratch, with their products: (first, rows, product).
+    fn quantized_forward_parts(
+        &self,
+        x: Matrix,
+        weight: BufferId,
+        output: Matrix,
+        accumulate: bool,
+    ) -> Vec<(usize, usize, Product)> {
+        let (rows, columns) = (self.rows(weight), self.width(weight));
         let scratch = self.memory.scratch.pointer;
-        for (index, (weights, grad_output)) in groups.into_iter().enumerate() {
-            let columns = grad_input.columns;
-            let whole = !columns.is_multiple_of(64);
-            let fitting = SCRATCH_BYTES as usize / (2 * grad_output.columns);
-            if whole && fitting < columns {
-                return Err(unsupported(format!("4-bit weights with rows of {columns}, not a multiple of 64")));
-            }
-            let column_blocks = if whole { vec![(0, columns)] } else { blocks(columns, fitting, 64) };
-            for (first, count) in column_blocks {
-                let mut to = scratch;
-                for &weight in &weights {
-                    let rows = self.rows(weight);
-                    self.unpack(weight, (0, rows), (first, count), to)?;
-                    to += (2 * rows * count) as u64;
-                }
-                self.product(Product {
-                    left: grad_output,
-                    left_transposed: false,
-                    right: Matrix::new(scratch, DType::BF16, grad_output.columns, count),
-                    right_transposed: false,
-                    output: grad_input.slice_columns(first, count),
-                    alpha: Alpha::One,
-                    accumulate: index > 0,
-                })?;
-            }
-        }
-        Ok(())
+        let part = |(first, count): (usize, usize)| {
+            let block = Matrix::new(scratch, DType::BF16, count, columns);
+            (first, count, forward_product(x, block, output.slice_columns(first, count), accumulate))
+        };
+        blocks(rows, SCRATCH_BYTES as usize / (2 * columns), 128).into_iter().map(part).collect()
+    }
+}
+
+/// `output (+)= x · weightᵀ`.
+fn forward_product(x: Matrix, weight: Matrix, output: Matrix, accumulate: bool) -> Product {
+    Product {
+        left: x,
+        left_transposed: false,
+        right: weight,
+        right_transposed: true,
+        output,
+        alpha: Alpha::One,
+        accumulate,
     }
 }
 

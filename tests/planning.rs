@@ -1,0 +1,166 @@
+//! Plans for cards that are not here, from shapes alone: what must fit does, and what does not is refused with settings
+//! that would.
+
+use tune::backend::cuda::KnownCard;
+use tune::model::{AdapterOptions, Method, ModelConfig, TrainingOptions, names};
+use tune::program::plan::PlanError;
+use tune::program::{DType, Plan, Target};
+use tune::train::checkpoint::PlanChoice;
+use tune::train::planning::{PlanningError, RecomputeChoice, Search};
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+fn config(name: &str) -> ModelConfig {
+    let path = format!("{}/tests/fixtures/configs/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let mut config = ModelConfig::parse(&text).expect("a configuration");
+    config.dtype = DType::BF16;
+    config
+}
+
+fn adapter(rank: usize, weights: Option<DType>) -> Method {
+    let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
+    Method::Lora { adapter: AdapterOptions { rank, targets, dropout: 0.0 }, weights }
+}
+
+fn lora() -> Method {
+    adapter(16, None)
+}
+
+fn qlora(rank: usize) -> Method {
+    adapter(rank, Some(DType::Nf4))
+}
+
+fn options(method: Method) -> TrainingOptions {
+    TrainingOptions {
+        method,
+        sizes: Vec::new(),
+        evaluate: true,
+        recompute: Vec::new(),
+        betas: [0.9, 0.999],
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        max_grad_norm: 1.0,
+        eight_bit: true,
+        generation: None,
+    }
+}
+
+fn card(name: &str) -> Target {
+    KnownCard::named(name).expect("a known card").target()
+}
+
+/// A card of which a run may take this many bytes.
+fn budget(card: Target, bytes: f64) -> Target {
+    Target { memory: Some(bytes as u64), ..card }
+}
+
+fn search(
+    config: &ModelConfig,
+    method: Method,
+    row: usize,
+    batch: usize,
+    target: &Target,
+) -> Result<(Plan, PlanChoice), PlanningError> {
+    let options = options(method);
+    let (longest_row, update_tokens) = (row, row * batch);
+    let recompute = RecomputeChoice::Auto;
+    let result = Search { config, options, target, longest_row, update_tokens, recompute, host_optimizer: None }.run();
+    match &result {
+        Ok((plan, choice)) => println!(
+            "{} layers of {} on {}: {:.2} of {:.2} GiB, {:.2} on the host; {choice:?}",
+            config.layers,
+            config.hidden_size,
+            target.name,
+            plan.summary.peak_bytes as f64 / GIB,
+            target.memory.unwrap_or(0) as f64 / GIB,
+            plan.summary.host_bytes as f64 / GIB,
+        ),
+        Err(error) => println!("{} layers of {} on {}: {error}", config.layers, config.hidden_size, target.name),
+    }
+    result
+}
+
+#[test]
+fn usual_runs_fit_the_cards_that_they_should() {
+    let cases = [
+        ("llama-3.2-3b", qlora(16), budget(card("RTX 3060"), 4e9)),
+        ("mistral-7b-v0.3", lora(), card("RTX 4090")),
+        ("llama-2-13b", qlora(16), card("RTX 4090")),
+        ("llama-3.1-70b", qlora(16), card("A6000")),
+    ];
+    for (name, method, target) in cases {
+        let (plan, _) =
+            search(&config(name), method, 2048, 2, &target).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(plan.summary.peak_bytes <= target.memory.expect("a card's memory"));
+    }
+}
+
+#[test]
+fn the_longest_rows_fit() {
+    let config = config("llama-3.1-8b");
+    for (row, name) in [(2972, "RTX 4060"), (40_724, "RTX 4080"), (78_475, "RTX 4090"), (342_733, "H100")] {
+        // The 8 GB card of that name is the smaller sibling of one with 16.
+        let target = if name == "RTX 4060" { budget(card("RTX 3060"), 7.0 * GIB) } else { card(name) };
+        search(&config, qlora(32), row, 1, &target).unwrap_or_else(|error| panic!("{row} tokens on {name}: {error}"));
+    }
+}
+
+/// Budgets of the design's table, of which the rival's figures are the limits.
+#[test]
+fn the_budgets_of_the_table_are_met() {
+    let cases = [
+        ("llama-3.1-8b", lora(), 2048, 2, 16.5),
+        ("llama-3.1-8b", qlora(16), 2048, 2, 6.8),
+        ("llama-3.1-8b", qlora(16), 2048, 8, 9.9),
+        ("llama-3.1-8b", qlora(16), 32_768, 1, 14.0),
+        ("llama-3.2-1b", lora(), 2048, 4, 3.6),
+        ("smollm2-135m", lora(), 512, 8, 0.6),
+    ];
+    for (name, method, row, batch, gib) in cases {
+        let mut target = budget(card("H100"), gib * GIB);
+        // One size, as the measured rows have it.
+        target.micro_sizes = vec![row * batch];
+        search(&config(name), method, row, batch, &target).unwrap_or_else(|error| panic!("{name} in {gib}: {error}"));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_settings_that_would() {
+    let config = config("llama-3.1-8b");
+    let Err(PlanningError::Plan(PlanError::DoesNotFit { needed, available, fits, .. })) =
+        search(&config, lora(), 2048, 2, &card("RTX 4070"))
+    else {
+        panic!("8B in bf16 fits no 12 GB card");
+    };
+    assert!(needed > available);
+    assert_eq!(fits, ["method.kind = \"qlora\""]);
+
+    let Err(PlanningError::Plan(PlanError::DoesNotFit { fits, .. })) =
+        search(&config, qlora(16), 65_536, 1, &budget(card("RTX 4070"), 9.0 * GIB))
+    else {
+        panic!("65,536 tokens fit no 9 GiB");
+    };
+    assert!(fits.iter().any(|setting| setting.starts_with("data.max_length = ")), "{fits:?}");
+}
+
+/// Moves go from cheap to dear: nothing is given up while there is room, and the embedding leaves the card first.
+#[test]
+fn plans_give_up_no_more_than_they_must() {
+    let config = config("llama-3.1-8b");
+    let mut target = card("H100");
+    target.micro_sizes = vec![4096];
+    let (free, choice) = search(&config, lora(), 2048, 2, &target).expect("a plan");
+    assert_eq!((choice.recomputed_layers, choice.cheap_layers, choice.host_embedding), (0, 0, false));
+    assert_eq!(free.summary.host_bytes, 0);
+    let slightly_less = budget(target.clone(), (free.summary.peak_bytes - 1) as f64);
+    let (less, choice) = search(&config, lora(), 2048, 2, &slightly_less).expect("a plan");
+    assert_eq!((choice.recomputed_layers, choice.cheap_layers, choice.host_embedding), (0, 0, true));
+    let table = 128_256 * 4096 * 2;
+    assert_eq!(less.summary.host_bytes, table);
+    assert_eq!(less.summary.peak_bytes + table, free.summary.peak_bytes);
+    // Tied to the head, it stays.
+    let small = self::config("llama-3.2-1b");
+    let (plan, _) = search(&small, lora(), 2048, 2, &budget(card("H100"), 4.0 * GIB)).expect("a plan");
+    assert_eq!(plan.summary.host_bytes, 0);
+}
