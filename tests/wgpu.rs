@@ -73,8 +73,9 @@ fn write_inputs(session: &mut dyn Session) {
             (Kind::Input, "document_start") => Some((0..count).map(|t| starts[document(t)] as i32).collect()),
             (Kind::Input, "document_end") => Some((0..count).map(|t| starts[document(t) + 1] as i32).collect()),
             (Kind::Input, "targets") => {
-                let target =
-                    |t: usize| if t % 5 == 0 || t > 60 { -100 } else { (number(t as u32, 1) * vocabulary) as i32 };
+                let target = |t: usize| {
+                    if t.is_multiple_of(5) || t > 60 { -100 } else { (number(t as u32, 1) * vocabulary) as i32 }
+                };
                 Some((0..count).map(target).collect())
             }
             (Kind::Input, "rows") => Some(vec![0]),

@@ -32,8 +32,8 @@ impl Sampling {
     /// What a model's own `generation_config.json` asks for: greedy unless it says `do_sample`.
     pub fn of_generation_config(config: &serde_json::Value) -> Self {
         let number = |key: &str| config.get(key).and_then(serde_json::Value::as_f64).map(|value| value as f32);
-        let mut sampling = Self::default();
-        sampling.repetition_penalty = number("repetition_penalty").unwrap_or(1.0);
+        let repetition_penalty = number("repetition_penalty").unwrap_or(1.0);
+        let mut sampling = Self { repetition_penalty, ..Self::default() };
         if config.get("do_sample").and_then(serde_json::Value::as_bool) == Some(true) {
             sampling.temperature = number("temperature").unwrap_or(1.0);
             sampling.top_k = number("top_k").map_or(TRANSFORMERS_TOP_K, |value| value as usize);

@@ -326,7 +326,8 @@ impl App {
                 Step::Runs => self.runs.list.filter_text(),
                 _ => self.tune.filter.as_str(),
             };
-            self.edit(Purpose::Filter, &text.to_owned());
+            let text = text.to_owned();
+            self.edit(Purpose::Filter, &text);
             return true;
         }
         match self.step {

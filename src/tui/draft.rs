@@ -12,7 +12,7 @@ use crate::spec::{RunSpec, TrainData};
 const UNDO: usize = 100;
 
 /// A run file being edited.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Draft {
     pub spec: RunSpec,
     pub path: Option<PathBuf>,
@@ -28,24 +28,6 @@ pub struct Draft {
     pub previewing: bool,
     pub forecasting: bool,
     pub warnings: Vec<Warning>,
-}
-
-impl Default for Draft {
-    fn default() -> Self {
-        Self {
-            spec: RunSpec::default(),
-            path: None,
-            undo: Vec::new(),
-            preview: None,
-            lengths: None,
-            forecast: None,
-            preview_generation: 0,
-            forecast_generation: 0,
-            previewing: false,
-            forecasting: false,
-            warnings: Vec::new(),
-        }
-    }
 }
 
 impl Draft {

@@ -221,7 +221,7 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> Result<Abilities, En
     }
     if adapter.get_info().device_type == wgpu::DeviceType::Cpu {
         // A software adapter is for tests: it leaves nothing behind.
-        features -= wgpu::Features::PIPELINE_CACHE;
+        features.remove(wgpu::Features::PIPELINE_CACHE);
     }
     let compute = match options.compute {
         None if cooperative => DType::F16,

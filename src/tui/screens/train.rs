@@ -94,10 +94,8 @@ impl App {
                 }
                 self.train.opening = false;
             }
-            Message::Died { run } if self.train.run.as_ref() == Some(&run) => {
-                if self.train.history.state.is_live() {
-                    self.train.history.state = State::Dead;
-                }
+            Message::Died { run } if self.train.run.as_ref() == Some(&run) && self.train.history.state.is_live() => {
+                self.train.history.state = State::Dead;
             }
             _ => {}
         }

@@ -117,8 +117,12 @@ impl Drop for Workbench {
 }
 
 fn tune(home: &Path, arguments: &[&str]) -> String {
-    let output =
-        Command::new(env!("CARGO_BIN_EXE_tune")).args(arguments).env("TUNE_HOME", home).current_dir(home).output().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_tune"))
+        .args(arguments)
+        .env("TUNE_HOME", home)
+        .current_dir(home)
+        .output()
+        .unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
