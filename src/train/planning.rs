@@ -238,13 +238,14 @@ impl Search<'_> {
                 break;
             }
         }
-        if let Method::Lora { adapter, weights } = &self.options.method {
-            if cuda && *weights != Some(DType::Nf4) {
-                let method = Method::Lora { adapter: adapter.clone(), weights: Some(DType::Nf4) };
-                let options = TrainingOptions { method, ..self.options.clone() };
-                if leanest(&Search { options, ..self.clone() }) {
-                    fits.push("method.kind = \"qlora\"".to_string());
-                }
+        if let Method::Lora { adapter, weights } = &self.options.method
+            && cuda
+            && *weights != Some(DType::Nf4)
+        {
+            let method = Method::Lora { adapter: adapter.clone(), weights: Some(DType::Nf4) };
+            let options = TrainingOptions { method, ..self.options.clone() };
+            if leanest(&Search { options, ..self.clone() }) {
+                fits.push("method.kind = \"qlora\"".to_string());
             }
         }
         fits
