@@ -303,7 +303,7 @@ fn time_rows(
     let micro = programs.iter().filter(|program| program.role == Role::Micro);
     let costs: BTreeMap<usize, f64> = micro.map(|program| (program.tokens, program.estimated_seconds)).collect();
     let sizes: Vec<usize> = costs.keys().copied().collect();
-    let mut stepper = Stepper::new(Box::new(cuda::open(plan, noise, 0)?), 3407, [0.9, 0.999])?;
+    let mut stepper = Stepper::new(Box::new(cuda::open(plan, noise, 0)?), 3407, [0.9, 0.999], None)?;
     let adapters: Vec<(String, usize)> = stepper
         .workload()
         .of_kind(Kind::Adapter)
