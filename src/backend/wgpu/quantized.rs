@@ -16,20 +16,20 @@ const GROUP: usize = 256;
 /// Halfway points between the levels of NF4, as bitsandbytes' decision tree has them.
 const BOUNDS: [f32; 15] = [
     -0.848_096_4,
-    -0.610_632_96,
+    -0.610_632_9,
     -0.459_995_27,
-    -0.339_679_43,
-    -0.234_607_41,
-    -0.137_911_73,
+    -0.339_679_42,
+    -0.234_607_4,
+    -0.137_911_74,
     -0.045_525_018,
     0.039_790_15,
     0.120_255_25,
     0.203_521_25,
-    0.292_013_77,
-    0.389_312_53,
-    0.501_663_4,
+    0.292_013_76,
+    0.389_312_54,
+    0.501_663_45,
     0.642_786_9,
-    0.861_478_4,
+    0.861_478_45,
 ];
 
 /// Byte offsets of a quantized tensor's parts; each starts at a multiple of four. Codes come first.
