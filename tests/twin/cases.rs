@@ -212,6 +212,8 @@ fn linear(target: &Target, cases: &mut Vec<Case>) {
         (1, 576, &[1536, 1536], DType::BF16, lora),
         (3, 576, &[576, 192, 192], DType::BF16, lora),
         (4, 96, &[96], DType::F16, plain),
+        (37, 96, &[80], DType::F16, plain),
+        (65, 700, &[300], DType::BF16, lora),
         (37, 576, &[576, 192, 192], DType::BF16, plain),
         (37, 576, &[576, 192, 192], DType::BF16, Parts { bias: true, ..lora }),
         (130, 96, &[160, 160], DType::F32, Parts { dropout: 0.3, ..lora }),

@@ -46,6 +46,18 @@ impl Instructions {
         }
         Self::Portable
     }
+
+    /// Roughly what a thread of a shared machine does, floating-point operations per second. A constant, so that
+    /// plans do not change from run to run.
+    pub fn rate(self) -> f64 {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => 100e9,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => 50e9,
+            Self::Portable => 15e9,
+        }
+    }
 }
 
 /// `tile[r][c] = Σ_d left[r, d] · panel[d][c]` for `r < rows` and `c < columns`; further columns are arbitrary.
@@ -217,12 +229,13 @@ unsafe fn portable_tile<const R: usize>(depth: usize, left: Left, panel: *const 
     }
 }
 
-/// Transposes rows of f32: `panel[d][c] = rows[c][d]` for up to [`PANEL`] rows, zero beyond them.
-pub fn pack_transposed(instructions: Instructions, rows: &[&[f32]], depth: usize, panel: &mut [f32]) {
-    assert!(rows.len() <= PANEL && panel.len() >= depth * PANEL && rows.iter().all(|row| row.len() >= depth));
+/// Transposes rows of f32: `panel[d][c] = rows[c][d]`.
+pub fn pack_transposed(instructions: Instructions, rows: &[&[f32]; PANEL], depth: usize, panel: &mut [f32]) {
+    assert!(panel.len() >= depth * PANEL && rows.iter().all(|row| row.len() >= depth));
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if instructions == Instructions::Avx512 && rows.len() == PANEL {
+    if instructions == Instructions::Avx512 {
         done = depth / 16 * 16;
         for half in 0..2 {
             for d in (0..done).step_by(16) {
@@ -238,16 +251,16 @@ pub fn pack_transposed(instructions: Instructions, rows: &[&[f32]], depth: usize
         for (target, row) in target.iter_mut().zip(rows) {
             *target = row[d];
         }
-        target[rows.len()..].fill(0.0);
     }
 }
 
 /// The same for rows of bf16, given as bits.
-pub fn pack_transposed_bf16(instructions: Instructions, rows: &[&[u16]], depth: usize, panel: &mut [f32]) {
-    assert!(rows.len() <= PANEL && panel.len() >= depth * PANEL && rows.iter().all(|row| row.len() >= depth));
+pub fn pack_transposed_bf16(instructions: Instructions, rows: &[&[u16]; PANEL], depth: usize, panel: &mut [f32]) {
+    assert!(panel.len() >= depth * PANEL && rows.iter().all(|row| row.len() >= depth));
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if instructions == Instructions::Avx512 && rows.len() == PANEL {
+    if instructions == Instructions::Avx512 {
         done = depth / 32 * 32;
         for half in 0..2 {
             for d in (0..done).step_by(32) {
@@ -263,7 +276,6 @@ pub fn pack_transposed_bf16(instructions: Instructions, rows: &[&[u16]], depth: 
         for (target, row) in target.iter_mut().zip(rows) {
             *target = f32::from_bits(u32::from(row[d]) << 16);
         }
-        target[rows.len()..].fill(0.0);
     }
 }
 
@@ -386,20 +398,20 @@ mod tests {
     }
 
     #[test]
-    fn packing_transposes_and_pads() {
+    fn packing_transposes() {
         for kind in every_kind() {
-            for (count, depth) in [(32, 64), (32, 75), (5, 40)] {
-                let values: Vec<f32> = (0..count * depth).map(|i| (i % 251) as f32).collect();
+            for depth in [64, 75, 5] {
+                let values: Vec<f32> = (0..PANEL * depth).map(|i| (i % 251) as f32).collect();
                 let bits: Vec<u16> = values.iter().map(|v| (v.to_bits() >> 16) as u16).collect();
                 let mut panels = [vec![f32::NAN; depth * PANEL], vec![f32::NAN; depth * PANEL]];
-                pack_transposed(kind, &values.chunks(depth).collect::<Vec<_>>(), depth, &mut panels[0]);
-                pack_transposed_bf16(kind, &bits.chunks(depth).collect::<Vec<_>>(), depth, &mut panels[1]);
+                let rows: [&[f32]; PANEL] = std::array::from_fn(|c| &values[c * depth..(c + 1) * depth]);
+                pack_transposed(kind, &rows, depth, &mut panels[0]);
+                let rows: [&[u16]; PANEL] = std::array::from_fn(|c| &bits[c * depth..(c + 1) * depth]);
+                pack_transposed_bf16(kind, &rows, depth, &mut panels[1]);
                 for panel in panels {
-                    for d in 0..depth {
-                        for c in 0..PANEL {
-                            let expected = if c < count { values[c * depth + d] } else { 0.0 };
-                            assert_eq!(panel[d * PANEL + c], expected, "{kind:?} {count}x{depth} at {d}, {c}");
-                        }
+                    for (i, &found) in panel.iter().enumerate() {
+                        let (d, c) = (i / PANEL, i % PANEL);
+                        assert_eq!(found, values[c * depth + d], "{kind:?} depth {depth} at {d}, {c}");
                     }
                 }
             }

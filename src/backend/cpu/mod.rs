@@ -57,7 +57,7 @@ pub struct Options {
     pub dead: Dead,
 }
 
-/// The CPU of this machine. Rates are rough figures for a core with wide vectors, times the cores.
+/// The CPU of this machine. Rates are rough figures for its vector instructions, times the threads.
 ///
 /// # Errors
 /// None so far.
@@ -69,7 +69,7 @@ pub fn target() -> Result<Target, EngineError> {
         system.available_memory()
     });
     let sizes = |from: usize, to: usize, step: usize| (from..=to).step_by(step);
-    let flops = 60e9 * threads as f64;
+    let flops = kernel::Instructions::best().rate() * threads as f64;
     Ok(Target {
         name: format!("CPU, {threads} thread{}", if threads == 1 { "" } else { "s" }),
         engine: ENGINE,

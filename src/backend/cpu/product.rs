@@ -199,9 +199,9 @@ impl Right<'_> {
                     }
                 } else if part.row_stride == 1 {
                     let part = part.transposed();
-                    let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
+                    let mut rows = [&ZEROS[..depth.len()]; PANEL];
                     rows.iter_mut().take(part.rows).enumerate().for_each(|(c, row)| *row = part.row(c));
-                    kernel::pack_transposed(kind, &rows[..part.rows], depth.len(), panel);
+                    kernel::pack_transposed(kind, &rows, depth.len(), panel);
                 } else {
                     for (d, target) in panel.chunks_exact_mut(PANEL).take(depth.len()).enumerate() {
                         for (c, target) in target.iter_mut().enumerate() {
@@ -224,15 +224,15 @@ impl Right<'_> {
                     |c: usize| (first + c) * weight.columns + start..(first + c) * weight.columns + start + depth.len();
                 match weight.values {
                     Values::F32(values) => {
-                        let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
+                        let mut rows = [&ZEROS[..depth.len()]; PANEL];
                         rows.iter_mut().take(count).enumerate().for_each(|(c, row)| *row = &values[range(c)]);
-                        kernel::pack_transposed(kind, &rows[..count], depth.len(), panel);
+                        kernel::pack_transposed(kind, &rows, depth.len(), panel);
                     }
                     Values::BF16(values) => {
-                        let mut rows: [&[u16]; PANEL] = [&[]; PANEL];
+                        let mut rows = [bytemuck::cast_slice(&ZEROS[..depth.len().div_ceil(2)]); PANEL];
                         let row_bits = |c: usize| bytemuck::cast_slice(&values[range(c)]);
                         rows.iter_mut().take(count).enumerate().for_each(|(c, row)| *row = row_bits(c));
-                        kernel::pack_transposed_bf16(kind, &rows[..count], depth.len(), panel);
+                        kernel::pack_transposed_bf16(kind, &rows, depth.len(), panel);
                     }
                     Values::F16(values) => {
                         for c in 0..PANEL {
@@ -250,6 +250,8 @@ impl Right<'_> {
 
 /// Depth packed at a time.
 const DEPTH: usize = 640;
+/// Rows that fill a panel up.
+static ZEROS: [f32; DEPTH] = [0.0; DEPTH];
 /// Columns packed at a time.
 const WIDTH: usize = 256;
 
