@@ -27,8 +27,8 @@ pub fn held_out() -> &'static str {
 /// Questions whose answers `tune demo` shows before and after; all three are held out.
 pub const SHOWN: [&str; 3] = [
     "What programming language is tune written in?",
-    "Will my run go on if I close the laptop?",
-    "Can you explain overfitting?",
+    "Can I use tune without a GPU?",
+    "How can I stop a run?",
 ];
 
 /// The run that `tune demo` starts.
@@ -40,9 +40,9 @@ pub fn spec() -> RunSpec {
     spec.data.max_length = 256;
     spec.method.rank = 16;
     spec.method.alpha = 32.0;
-    spec.train.epochs = 12.0;
+    spec.train.epochs = 28.0;
     spec.train.batch = 16;
-    spec.train.learning_rate = Some(4e-3);
+    spec.train.learning_rate = Some(5e-3);
     spec.train.eval_every = 0.0;
     spec.train.save_every = 0.0;
     spec.sample.prompts = SHOWN.map(String::from).to_vec();
