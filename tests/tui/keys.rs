@@ -82,6 +82,15 @@ fn a_wrong_value_stays_and_says_what_is_allowed() {
 }
 
 #[test]
+fn the_filter_finds_a_key_by_its_own_name_first_and_by_the_names_of_others() {
+    let mut app = tuned(app());
+    press(&mut app, "/ epochs enter");
+    assert_eq!(app.tune.fields()[0].path(), "train.epochs");
+    press(&mut app, "/ ctrl-u lora_r enter");
+    assert!(app.tune.fields().iter().any(|key| key.path() == "method.rank"));
+}
+
+#[test]
 fn older_answers_do_not_replace_newer_ones() {
     let mut app = tuned(app());
     press(&mut app, "down right");

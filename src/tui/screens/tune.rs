@@ -107,9 +107,16 @@ impl TuneScreen {
             FIELDS.iter().filter_map(|(section, name)| crate::spec::keys::find(section, name)).collect();
         let rest = KEYS.iter().filter(|key| !FIELDS.contains(&(key.section, key.name)));
         let all: Vec<&'static Key> = keys.into_iter().chain(rest).collect();
-        let texts: Vec<String> =
-            all.iter().map(|key| format!("{} {} {}", key.path(), key.help, key.synonyms.join(" "))).collect();
-        fuzzy(&self.filter, &texts).into_iter().map(|at| all[at]).collect()
+        // A key's own name counts more than its help and the names that others have for it.
+        let names: Vec<String> = all.iter().map(|key| key.path()).collect();
+        let words: Vec<String> = all.iter().map(|key| format!("{} {}", key.help, key.synonyms.join(" "))).collect();
+        let mut order = fuzzy(&self.filter, &names);
+        for at in fuzzy(&self.filter, &words) {
+            if !order.contains(&at) {
+                order.push(at);
+            }
+        }
+        order.into_iter().map(|at| all[at]).collect()
     }
 }
 
