@@ -34,7 +34,7 @@ def until(text, seconds=120):
     while text not in screen():
         if time.time() > end:
             sys.exit(f'no "{text}" on the screen:\n{screen()}')
-        time.sleep(0.1)
+        time.sleep(0.05)
     time.sleep(0.7)
 
 
@@ -116,15 +116,15 @@ def main(home):
     press("Enter")
     until("(estimates)")
     # Two epochs, and a rate that is too high: the picture shows a warning with its fix.
-    press("/", "=epochs", "Enter", "Enter", "C-u", "=4", "Enter", "/", "C-u", "=learning_rate", "Enter", "Enter", "C-u", "=1e-3",
+    press("/", "=train.epochs", "Enter", "Enter", "C-u", "=4", "Enter", "/", "C-u", "=train.learning_rate", "Enter", "Enter", "C-u", "=1e-3",
           "Enter")
     until("is high for lora")
     press("/", "Escape")
     until("(estimates)")
     save("tune")
-    press("/", "=learning_rate", "Enter", "Enter", "C-u", "=4e-4", "Enter", "/", "Escape", "s")
+    press("/", "=train.learning_rate", "Enter", "Enter", "C-u", "=4e-4", "Enter", "/", "Escape", "s")
     until("smooth")
-    until("step 60 of", 180)
+    until("step 60: checkpoint", 180)
     save("train")
     until("finished", 300)
     press("Enter")
