@@ -56,11 +56,11 @@ class Terminal:
                 self.seen = (self.seen + data)[-65536:]
         return reads
 
-    def until(self, text, seconds):
-        """Reads until `text` came; the seconds it took, or None."""
+    def until(self, text, seconds, times=1):
+        """Reads until `text` came that often; the seconds it took, or None."""
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
-            if text in self.seen:
+            if self.seen.count(text) >= times:
                 return time.perf_counter() - start
             self.read(0.002)
         return None
@@ -157,8 +157,8 @@ def measure(home, environment):
         terminal = Terminal(["attach", name], environment)
         seen = terminal.until(b"1,000,000", 30)
         glances.append(1000 * (time.perf_counter() - terminal.started) if seen is not None else 30000)
-        # It says "opening" until every update has been read.
-        seen = terminal.until(b"finished", 30)
+        # The state says "opening" until every update has been read; "finished" stands in the log before.
+        seen = terminal.until(b"finished", 30, times=2)
         opened.append(1000 * (time.perf_counter() - terminal.started) if seen is not None else 30000)
         terminal.read(0.5)
         peak = terminal.peak_memory()
