@@ -13,8 +13,9 @@ fn tune(home: &Path) -> Command {
 }
 
 fn chat(home: &Path, target: &str, arguments: &[&str], lines: &str) -> Output {
+    let device: &[&str] = if arguments.contains(&"--device") { &[] } else { &["--device", "cpu"] };
     let mut command = tune(home);
-    command.args(["chat", target, "--device", "cpu"]).args(arguments).write_stdin(lines).output().unwrap()
+    command.args(["chat", target]).args(device).args(arguments).write_stdin(lines).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -25,11 +25,8 @@ pub fn held_out() -> &'static str {
 }
 
 /// Questions whose answers `tune demo` shows before and after; all three are held out.
-pub const SHOWN: [&str; 3] = [
-    "What programming language is tune written in?",
-    "Can I use tune without a GPU?",
-    "How can I stop a run?",
-];
+pub const SHOWN: [&str; 3] =
+    ["What programming language is tune written in?", "Can I use tune without a GPU?", "How can I stop a run?"];
 
 /// The run that `tune demo` starts.
 pub fn spec() -> RunSpec {

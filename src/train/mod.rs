@@ -100,7 +100,6 @@ impl TrainError {
             TrainError::Engine(EngineError::Device { .. }) => {
                 "`tune resume` the run; `tune doctor` looks at the device".into()
             }
-            TrainError::Data(error) => error.hint(),
             TrainError::Hub(error) => error.hint(),
             _ => String::new(),
         }
