@@ -4,7 +4,8 @@
 //! frames. [`Screen`] writes nothing when nothing changed, one write a frame, between the codes of a synchronized
 //! update (ignored where unknown), and keeps the pen from frame to frame.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use ratatui::backend::{Backend, ClearType, WindowSize};
 use ratatui::buffer::Cell;
@@ -245,6 +246,7 @@ impl Takeover {
     pub fn new() -> io::Result<Self> {
         crossterm::terminal::enable_raw_mode()?;
         let taken = Self;
+        silence_standard_error();
         write_out(ENTER)?;
         static HOOK: std::sync::Once = std::sync::Once::new();
         HOOK.call_once(|| {
@@ -265,6 +267,7 @@ impl Takeover {
         restore();
         rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TSTP)?;
         crossterm::terminal::enable_raw_mode()?;
+        silence_standard_error();
         write_out(ENTER)
     }
 }
@@ -275,7 +278,32 @@ impl Drop for Takeover {
     }
 }
 
+/// Standard error as it was before the terminal was taken over.
+static STANDARD_ERROR: std::sync::OnceLock<OwnedFd> = std::sync::OnceLock::new();
+
+/// Graphics drivers print to standard error when they are asked for adapters, in the middle of a frame. While the
+/// terminal is taken over, that goes nowhere; where standard error is a file it stays as it is.
+fn silence_standard_error() {
+    let stderr = io::stderr();
+    let Ok(nothing) = std::fs::OpenOptions::new().write(true).open("/dev/null") else { return };
+    if !stderr.is_terminal() {
+        return;
+    }
+    if let Ok(copy) = stderr.as_fd().try_clone_to_owned() {
+        let _ = STANDARD_ERROR.set(copy);
+        point_standard_error_at(nothing.as_fd());
+    }
+}
+
+fn point_standard_error_at(file: BorrowedFd) {
+    // SAFETY: both descriptors are open; descriptor 2 is replaced at once and nothing in Rust owns it.
+    unsafe { libc::dup2(file.as_raw_fd(), libc::STDERR_FILENO) };
+}
+
 fn restore() {
+    if let Some(file) = STANDARD_ERROR.get() {
+        point_standard_error_at(file.as_fd());
+    }
     let _ = write_out(LEAVE);
     let _ = crossterm::terminal::disable_raw_mode();
 }
