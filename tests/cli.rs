@@ -130,7 +130,7 @@ fn data_that_cannot_be_used_is_refused() {
         bench.tune(&arguments)
     };
     let output = with("broken.jsonl", "{\"text\": \"one\"}\n{\"text\": \"two\"\n{\"text\": \"three\"}\n", &[]);
-    refused_in_run(&bench, &output, &["broken.jsonl", "2"]);
+    refused_in_run(&bench, &output, &["broken.jsonl line 2", "mend or delete that line"]);
     refused_in_run(&bench, &with("none.jsonl", "", &[]), &["none.jsonl"]);
     let masked = "{\"input_ids\": [1, 2, 3, 4], \"labels\": [-100, -100, -100, -100]}\n".repeat(8);
     refused_in_run(&bench, &with("masked.jsonl", &masked, &["format=tokens"]), &["mask"]);
@@ -170,7 +170,7 @@ fn verbs_that_do_not_exist_are_not_shown() {
     for verb in ["eval", "export", "serve", "push", "worker", "help"] {
         assert!(!help.out.lines().any(|line| line.trim_start().starts_with(verb)), "{verb} is shown:\n{}", help.out);
     }
-    assert_eq!(bench.tune(&["trian"]).code, 2);
+    refused(&bench, &bench.tune(&["trian"]), &["trian is neither a verb nor a file", "did you mean `tune train`?"]);
 }
 
 #[test]

@@ -84,6 +84,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
             let _ = Cli::command().print_help();
             return exit::REQUEST;
         }
+        if let Some(name) = cli.file.as_ref().filter(|file| !file.exists()) {
+            return report::report(&neither_verb_nor_file(&name.to_string_lossy()).into());
+        }
         return tui::run(cli.file).unwrap_or_else(|error| report::report(&error));
     };
     let result = match verb {
@@ -114,4 +117,16 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Err(error) if report::is_closed_pipe(&error) => exit::DONE,
         Err(error) => report::report(&error),
     }
+}
+
+/// What was typed in a verb's place is no verb, and no file has that name.
+fn neither_verb_nor_file(name: &str) -> report::Failure {
+    let command = Cli::command();
+    let verbs = command.get_subcommands().filter(|verb| !verb.is_hide_set()).map(clap::Command::get_name);
+    let nearest = verbs.max_by(|a, b| strsim::jaro_winkler(name, a).total_cmp(&strsim::jaro_winkler(name, b)));
+    let hint = match nearest.filter(|verb| strsim::jaro_winkler(name, verb) > 0.8) {
+        Some(verb) => format!("did you mean `tune {verb}`?"),
+        None => "`tune --help` lists the verbs, `tune new` writes a run file".to_owned(),
+    };
+    report::Failure::request(format!("{name} is neither a verb nor a file"), hint)
 }

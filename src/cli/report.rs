@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::paint::{Stream, Tone, paint};
 use crate::data::DataError;
 use crate::hub::HubError;
+use crate::model::ModelError;
 use crate::run::RunError;
 use crate::run::worker::exit;
 use crate::spec::SpecError;
@@ -62,6 +63,8 @@ fn describe(error: &anyhow::Error) -> (String, u8) {
         (error.to_string(), error.hint(), if error.is_request() { exit::REQUEST } else { exit::FAILED })
     } else if let Some(error) = error.downcast_ref::<DataError>() {
         (error.to_string(), error.hint(), exit::REQUEST)
+    } else if let Some(error) = error.downcast_ref::<ModelError>() {
+        (error.to_string(), String::new(), exit::REQUEST)
     } else {
         (chain(error), String::new(), exit::FAILED)
     };

@@ -100,6 +100,7 @@ impl TrainError {
             TrainError::Engine(EngineError::Device { .. }) => {
                 "`tune resume` the run; `tune doctor` looks at the device".into()
             }
+            TrainError::Hub(error) => error.hint(),
             _ => String::new(),
         }
     }
