@@ -13,7 +13,8 @@ fi
 for row in "$@"; do
     echo "== $row"
     case "$row" in
-    check | products | attention) timeout 200 "$BIN" "$row" ;;
+    check) TUNE_COOPERATIVE_ATTENTION=1 timeout 200 "$BIN" "$row" ;;
+    products | attention) timeout 200 "$BIN" "$row" ;;
     *)
         IFS=: read -r model batch sequence recompute <<<"$row"
         timeout 200 "$BIN" step "$model" "$batch" "$sequence" "$STEPS" "$recompute" ${PROFILE:+profile}
