@@ -5,11 +5,12 @@
 //   p -= rate / correction1 m / (sqrt(v) / correction2 + epsilon)   (correction2 is a square root already)
 //
 // Nothing changes when the norm is not finite. 8-bit moments (Dettmers et al. 2022, arXiv 2110.02861): blocks of
-// 256 codes into a dynamic table, one f32 scale a block. bf16 parameters are rounded stochastically.
+// 256 codes into a dynamic table, one f32 scale a block. bf16 parameters are rounded stochastically. Gradients are f32 or
+// bf16, each part's own.
 
 struct AdamPart {
     void* parameter;
-    const float* gradient;
+    const void* gradient;
     void* first_moment;
     void* second_moment;
     // Scales of 8-bit moments.
@@ -17,13 +18,19 @@ struct AdamPart {
     float* second_scale;
     u64 elements;
     u32 stream;
-    u32 unused;
+    // Whether the gradient is bf16.
+    u32 half;
 };
 
 struct NormPart {
-    const float* gradient;
+    const void* gradient;
     u64 elements;
+    u64 half;
 };
+
+__device__ __forceinline__ float gradient_at(const void* gradient, u32 half, u64 at) {
+    return half ? to_float(((const bf16*)gradient)[at]) : ((const float*)gradient)[at];
+}
 
 struct Piece {
     u32 part;
@@ -49,8 +56,18 @@ extern "C" __global__ void gradient_norm_partial(const NormPart* parts, const Pi
     NormPart part = parts[piece.part];
     u64 first = (u64)piece.index * 8192;
     float sum = 0.0f;
-    if (first + 8192 <= part.elements && ((u64)part.gradient & 15) == 0) {
-        const float4* from = (const float4*)(part.gradient + first);
+    bool whole = first + 8192 <= part.elements && ((u64)part.gradient & 15) == 0;
+    if (whole && part.half) {
+        const bf16* from = (const bf16*)part.gradient + first;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float g[8];
+            load<8>(from + (i * 256 + threadIdx.x) * 8, g);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum += g[j] * g[j];
+        }
+    } else if (whole) {
+        const float4* from = (const float4*)((const float*)part.gradient + first);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float4 g = from[i * 256 + threadIdx.x];
@@ -59,7 +76,8 @@ extern "C" __global__ void gradient_norm_partial(const NormPart* parts, const Pi
     } else {
         for (int i = 0; i < 32; i++) {
             u64 at = first + i * 256 + threadIdx.x;
-            if (at < part.elements) sum += part.gradient[at] * part.gradient[at];
+            float g = at < part.elements ? gradient_at(part.gradient, part.half, at) : 0.0f;
+            sum += g * g;
         }
     }
     double total = block_sum_double((double)sum, shared);
@@ -75,15 +93,16 @@ extern "C" __global__ void gradient_norm_finish(const double* partial, int count
     if (threadIdx.x == 0) *norm = (float)sqrt(sum);
 }
 
-__device__ __forceinline__ void update_parameter(float* parameter, float value, u32, u64, u64) { *parameter = value; }
+// What a parameter of this type takes of a value.
+__device__ __forceinline__ float rounded(const float*, float value, u32, u64) { return value; }
 
 // Adds 16 random bits below the kept ones and truncates: the expectation is the value.
-__device__ __forceinline__ void update_parameter(bf16* parameter, float value, u32 prefix, u64 at, u64) {
+__device__ __forceinline__ float rounded(const bf16*, float value, u32 prefix, u64 at) {
     u32 bits = __float_as_uint(value);
     u32 random = random_bits(prefix, (u32)(at >> 32), (u32)at) & 0xffffu;
     // Infinities and NaN have no neighbours to round to.
     if ((bits & 0x7f800000u) != 0x7f800000u) bits += random;
-    parameter->bits = (u16)(bits >> 16);
+    return __uint_as_float(bits & 0xffff0000u);
 }
 
 struct Step {
@@ -126,10 +145,10 @@ __device__ __forceinline__ void adamw(const AdamPart* parts, const Piece* pieces
         u64 at = (u64)piece.index * 2048 + i * 256 + threadIdx.x;
         if (at >= part.elements) continue;
         float m = first[at], v = second[at];
-        float value = adamw_value(to_float(parameter[at]), part.gradient[at], m, v, step);
+        float value = adamw_value(to_float(parameter[at]), gradient_at(part.gradient, part.half, at), m, v, step);
         first[at] = m;
         second[at] = v;
-        update_parameter(parameter + at, value, prefix, at, part.elements);
+        store_value(parameter + at, rounded(parameter, value, prefix, at));
     }
 }
 
@@ -150,7 +169,22 @@ __device__ __forceinline__ u8 nearest(const float* table, float x) {
     return x - table[low] < table[high] - x ? (u8)low : (u8)high;
 }
 
-// The same with 8-bit moments: one warp a block of 256 codes, 8 a lane.
+__device__ __forceinline__ u8 byte_of(uint2 word, int i) { return (u8)((i < 4 ? word.x : word.y) >> (i & 3) * 8); }
+
+// Codes of eight neighbours in one word.
+__device__ __forceinline__ uint2 codes_of(const float* table, const float (&x)[8], float inverse) {
+    uint2 word = make_uint2(0, 0);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        u32 code = nearest(table, x[i] * inverse);
+        if (i < 4) word.x |= code << i * 8;
+        else word.y |= code << (i - 4) * 8;
+    }
+    return word;
+}
+
+// The same with 8-bit moments: one warp a block of 256 codes, 8 a lane. Eight neighbours where the block is whole and
+// aligned: one access of 8 bytes a lane, which moments in the host's memory need, for the bus carries long requests best.
 // `tables`: 256 signed values for the first moment, then 256 unsigned ones for the second.
 template <class P>
 __device__ __forceinline__ void adamw8(const AdamPart* parts, const Piece* pieces, const float* norm,
@@ -174,15 +208,45 @@ __device__ __forceinline__ void adamw8(const AdamPart* parts, const Piece* piece
     float first_scale = part.first_scale[block], second_scale = part.second_scale[block];
     float m[8], v[8];
     float m_top = 0.0f, v_top = 0.0f;
+    int lane = threadIdx.x & 31;
+    u64 alignment = ((u64)first | (u64)second) & 7 | ((u64)parameter | (u64)part.gradient) & 15;
+    if (start + 256 <= part.elements && alignment == 0) {
+        u64 begin = start + lane * 8;
+        uint2 first_codes = *(const uint2*)(first + begin), second_codes = *(const uint2*)(second + begin);
+        float p[8], g[8];
+        load<8>(parameter + begin, p);
+        if (part.half) load<8>((const bf16*)part.gradient + begin, g);
+        else load<8>((const float*)part.gradient + begin, g);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            m[i] = table[byte_of(first_codes, i)] * first_scale;
+            v[i] = table[256 + byte_of(second_codes, i)] * second_scale;
+            float value = adamw_value(p[i], g[i], m[i], v[i], step);
+            p[i] = rounded(parameter, value, prefix, begin + i);
+            m_top = fmaxf(m_top, fabsf(m[i]));
+            v_top = fmaxf(v_top, v[i]);
+        }
+        store<8>(parameter + begin, p);
+        m_top = warp_max(m_top);
+        v_top = warp_max(v_top);
+        float m_inverse = m_top > 0.0f ? 1.0f / m_top : 0.0f, v_inverse = v_top > 0.0f ? 1.0f / v_top : 0.0f;
+        *(uint2*)(first + begin) = codes_of(table, m, m_inverse);
+        *(uint2*)(second + begin) = codes_of(table + 256, v, v_inverse);
+        if (lane == 0) {
+            part.first_scale[block] = m_top;
+            part.second_scale[block] = v_top;
+        }
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        u64 at = start + i * 32 + (threadIdx.x & 31);
+        u64 at = start + i * 32 + lane;
         m[i] = 0.0f, v[i] = 0.0f;
         if (at >= part.elements) continue;
         m[i] = table[first[at]] * first_scale;
         v[i] = table[256 + second[at]] * second_scale;
-        float value = adamw_value(to_float(parameter[at]), part.gradient[at], m[i], v[i], step);
-        update_parameter(parameter + at, value, prefix, at, part.elements);
+        float value = adamw_value(to_float(parameter[at]), gradient_at(part.gradient, part.half, at), m[i], v[i], step);
+        store_value(parameter + at, rounded(parameter, value, prefix, at));
         m_top = fmaxf(m_top, fabsf(m[i]));
         v_top = fmaxf(v_top, v[i]);
     }
@@ -191,12 +255,12 @@ __device__ __forceinline__ void adamw8(const AdamPart* parts, const Piece* piece
     float m_inverse = m_top > 0.0f ? 1.0f / m_top : 0.0f, v_inverse = v_top > 0.0f ? 1.0f / v_top : 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        u64 at = start + i * 32 + (threadIdx.x & 31);
+        u64 at = start + i * 32 + lane;
         if (at >= part.elements) continue;
         first[at] = nearest(table, m[i] * m_inverse);
         second[at] = nearest(table + 256, v[i] * v_inverse);
     }
-    if ((threadIdx.x & 31) == 0) {
+    if (lane == 0) {
         part.first_scale[block] = m_top;
         part.second_scale[block] = v_top;
     }

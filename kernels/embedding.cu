@@ -32,8 +32,9 @@ GATHER(1_f32, 1, float)
 
 // Grid: (tokens, column tiles of blockDim.x). The block of the first token with an id sums all tokens that carry
 // it, in order; the other blocks leave. No two blocks write the same element.
-extern "C" __global__ void embedding_backward(const int* ids, const bf16* grad_output, float* grad_weight, int tokens,
-                                              int columns, int rows, float scale) {
+template <class G>
+__device__ __forceinline__ void embedding_backward(const int* ids, const bf16* grad_output, G* grad_weight, int tokens,
+                                                   int columns, int rows, float scale) {
     __shared__ int matches[1024];
     __shared__ int counts[32];
     int token = blockIdx.x, id = ids[token];
@@ -61,5 +62,17 @@ extern "C" __global__ void embedding_backward(const int* ids, const bf16* grad_o
             for (int i = 0; i < total; i++) sum += to_float(grad_output[(i64)matches[i] * columns + column]);
         __syncthreads();
     }
-    if (column < columns) grad_weight[(i64)id * columns + column] += scale * sum;
+    if (column < columns) {
+        G* to = grad_weight + (i64)id * columns + column;
+        store_value(to, to_float(*to) + scale * sum);
+    }
 }
+
+#define EMBEDDING_BACKWARD(NAME, G)                                                                              \
+    extern "C" __global__ void embedding_backward_##NAME(const int* ids, const bf16* grad_output, G* grad_weight, \
+                                                         int tokens, int columns, int rows, float scale) {       \
+        embedding_backward<G>(ids, grad_output, grad_weight, tokens, columns, rows, scale);                      \
+    }
+
+EMBEDDING_BACKWARD(f32, float)
+EMBEDDING_BACKWARD(bf16, bf16)

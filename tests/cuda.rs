@@ -40,6 +40,13 @@ fn every_operation_agrees_with_its_twin() {
     twin::check_engine(&target, &open, &filter);
 }
 
+/// Full fine-tuning where memory is short: gradients of matrices in bf16, through products, embedding, norm and optimizer.
+#[test]
+fn gradients_in_bf16_agree_with_the_twin() {
+    let Some(target) = card() else { return };
+    twin::check_cases(twin::cases::half_gradients(&target), &target, &open, "");
+}
+
 /// Tensors by name, in f32.
 struct Tensors(HashMap<String, (Vec<usize>, Vec<f32>)>);
 

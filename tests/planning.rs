@@ -106,6 +106,28 @@ fn the_longest_rows_fit() {
     }
 }
 
+/// Full fine-tuning keeps weights and gradients on the card; the states of the optimizer lie on the host.
+#[test]
+fn full_fine_tuning_of_8b_fits_48_gb() {
+    for host_optimizer in [Some(true), None] {
+        let (config, target) = (config("llama-3.1-8b"), card("A6000"));
+        let (longest_row, update_tokens, recompute) = (2048, 4096, RecomputeChoice::Auto);
+        let options = options(Method::Full);
+        let search =
+            Search { config: &config, options, target: &target, longest_row, update_tokens, recompute, host_optimizer };
+        let (plan, choice) = search.run().expect("8B in 48 GB");
+        println!("{:.2} GiB, {choice:?}", plan.summary.peak_bytes as f64 / GIB);
+        assert!(plan.summary.peak_bytes <= target.memory.expect("a card's memory"));
+        let states = 2 * config.parameters() as u64;
+        if host_optimizer == Some(true) {
+            assert!(choice.host_optimizer && plan.summary.host_bytes >= states, "{choice:?}");
+            assert_eq!(plan.summary.bytes.get("optimizer").copied().unwrap_or(0), 0);
+        }
+        // f32 gradients alone would take 30 GiB beside 15 of weights.
+        assert!(choice.half_gradients);
+    }
+}
+
 /// Budgets of the design's table, of which the rival's figures are the limits.
 #[test]
 fn the_budgets_of_the_table_are_met() {
@@ -115,7 +137,9 @@ fn the_budgets_of_the_table_are_met() {
         ("llama-3.1-8b", qlora(16), 2048, 8, 9.9),
         ("llama-3.1-8b", qlora(16), 32_768, 1, 14.0),
         ("llama-3.2-1b", lora(), 2048, 4, 3.6),
+        ("llama-3.2-1b", Method::Full, 2048, 4, 7.7),
         ("smollm2-135m", lora(), 512, 8, 0.6),
+        ("smollm2-135m", Method::Full, 512, 8, 0.95),
     ];
     for (name, method, row, batch, gib) in cases {
         let mut target = budget(card("H100"), gib * GIB);

@@ -55,6 +55,7 @@ struct Answer {
     offloaded_layers: usize,
     host_embedding: bool,
     host_optimizer: bool,
+    half_gradients: bool,
     partly_recomputed_layers: usize,
     /// Of an update of the mean length, from the target's rates.
     estimated_step_seconds: f64,
@@ -119,6 +120,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         offloaded_layers: chosen.offloaded_layers,
         host_embedding: chosen.host_embedding,
         host_optimizer: chosen.host_optimizer,
+        half_gradients: chosen.half_gradients,
         partly_recomputed_layers: chosen.cheap_layers.saturating_sub(chosen.recomputed_layers),
         estimated_step_seconds: seconds,
         estimated_run_seconds: seconds * prepared.steps as f64,
@@ -202,6 +204,9 @@ fn print(answer: &Answer) {
     }
     if answer.host_optimizer {
         println!("optimizer states are kept in the host's memory");
+    }
+    if answer.half_gradients {
+        println!("gradients are summed in bf16");
     }
     println!("an update, estimated: {}, {:.1} GFLOP", duration(answer.estimated_step_seconds), answer.step_flops / 1e9);
     println!("the run, estimated: {} without evaluations", duration(answer.estimated_run_seconds));

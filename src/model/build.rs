@@ -34,6 +34,8 @@ pub(super) struct Graph<'a> {
     pub compute: DType,
     /// Type in which the weights are held.
     pub weights: DType,
+    /// Type of the gradients of trained matrices.
+    pub gradients: DType,
     pub adapter: Option<&'a AdapterOptions>,
     pub trained: Trained,
 }
@@ -69,7 +71,15 @@ impl<'a> Graph<'a> {
         adapter: Option<&'a AdapterOptions>,
         trained: Trained,
     ) -> Self {
-        Self { builder: WorkloadBuilder::new(), config, compute: target.compute, weights, adapter, trained }
+        Self {
+            builder: WorkloadBuilder::new(),
+            config,
+            compute: target.compute,
+            weights,
+            gradients: target.gradients,
+            adapter,
+            trained,
+        }
     }
 
     pub fn scalar(&mut self, name: &str, elements: usize, dtype: DType) -> BufferId {
@@ -89,8 +99,14 @@ impl<'a> Graph<'a> {
 
     /// The gradient of a trained weight, where weights are trained.
     pub fn weight_gradient(&mut self, name: &str, shape: &[usize]) -> Option<BufferId> {
-        (self.trained == Trained::Weights)
-            .then(|| self.builder.persistent(&format!("{name}.grad"), shape, DType::F32, Kind::Gradient))
+        (self.trained == Trained::Weights).then(|| self.gradient(name, shape))
+    }
+
+    /// The gradient of a trained tensor: f32, but for matrices of the model where the target holds those in less.
+    pub fn gradient(&mut self, name: &str, shape: &[usize]) -> BufferId {
+        let whole = self.trained != Trained::Weights || shape.len() < 2;
+        let dtype = if whole { DType::F32 } else { self.gradients };
+        self.builder.persistent(&format!("{name}.grad"), shape, dtype, Kind::Gradient)
     }
 
     pub fn inputs(&mut self, tokens: usize) -> Inputs {

@@ -199,7 +199,7 @@ fn begin(graph: &mut Graph) {
     let mut buffers = vec![loss];
     for name in trained_parameters(graph) {
         let shape = parameter_shape(graph, &name);
-        buffers.push(graph.builder.persistent(&format!("{name}.grad"), &shape, DType::F32, Kind::Gradient));
+        buffers.push(graph.gradient(&name, &shape));
     }
     graph.builder.push("zero", Op::Zero { buffers });
     graph.builder.end();
@@ -216,7 +216,7 @@ fn update(graph: &mut Graph, options: &TrainingOptions) {
         let shape = parameter_shape(graph, name);
         let dtype = if kind == Kind::Weight { graph.weights } else { DType::F32 };
         let parameter = graph.builder.persistent(name, &shape, dtype, kind);
-        let gradient = graph.builder.persistent(&format!("{name}.grad"), &shape, DType::F32, Kind::Gradient);
+        let gradient = graph.gradient(name, &shape);
         let mut state =
             |part: &str| graph.builder.persistent(&format!("{name}.{part}"), &shape, moment, Kind::Optimizer);
         let (first_moment, second_moment) = (state("exp_avg"), state("exp_avg_sq"));

@@ -19,7 +19,7 @@ pub use op::{
     ProjectionBackward,
 };
 pub use plan::{Placement, Plan, PlanError};
-pub use target::{Rates, Target};
+pub use target::{Fp8Products, Rates, Target};
 
 use serde::Serialize;
 

@@ -72,6 +72,9 @@ pub struct PlanChoice {
     /// Whether the head works in small chunks.
     #[serde(default)]
     pub small_head: bool,
+    /// Whether the gradients of trained matrices are summed in bf16 instead of f32.
+    #[serde(default)]
+    pub half_gradients: bool,
 }
 
 /// Name of a checkpoint's folder.

@@ -39,6 +39,7 @@ struct Stage {
     host_embedding: bool,
     host_optimizer: bool,
     small_head: bool,
+    half_gradients: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,13 +105,15 @@ impl Search<'_> {
             host_embedding: choice.host_embedding,
             host_optimizer: choice.host_optimizer,
             small_head: choice.small_head,
+            half_gradients: choice.half_gradients,
         };
         self.build(&choice.sizes, stage)
     }
 
-    /// From fastest to leanest: first the embedding goes to the host, then more and more layers give up the cheap
-    /// values and then all, then the head works in small chunks, then inputs of layers wait on the host, at last the
-    /// optimizer's states do.
+    /// From fastest to leanest: first the embedding goes to the host and the gradients of trained matrices are summed in
+    /// bf16 (as the weights are held, which costs digits and no time), then more and more layers give up the cheap values
+    /// and then all, then the head works in small chunks, then inputs of layers wait on the host, at last the optimizer's
+    /// states do.
     fn stages(&self) -> Vec<Stage> {
         let layers = self.config.layers;
         let host = self.target.reaches_host();
@@ -127,6 +130,9 @@ impl Search<'_> {
         };
         if host {
             then(&|stage| stage.host_embedding = true);
+        }
+        if self.options.method == Method::Full && self.target.trainable == DType::BF16 {
+            then(&|stage| stage.half_gradients = true);
         }
         if self.recompute == RecomputeChoice::Auto {
             (1..=layers).for_each(|cheap| then(&|stage| stage.cheap = cheap));
@@ -180,6 +186,7 @@ impl Search<'_> {
             host_embedding: stage.host_embedding,
             host_optimizer: stage.host_optimizer,
             small_head: stage.small_head,
+            half_gradients: stage.half_gradients,
         }
     }
 
@@ -197,6 +204,9 @@ impl Search<'_> {
         let mut target = self.target.clone();
         if stage.small_head {
             target.logits_bytes = target.logits_bytes.min(SMALL_HEAD_BYTES);
+        }
+        if stage.half_gradients {
+            target.gradients = DType::BF16;
         }
         let workload = training_workload(self.config, &options, &target)?;
         let mut host = std::collections::BTreeSet::new();

@@ -25,6 +25,13 @@ pub fn all(target: &Target) -> Vec<Case> {
     cases
 }
 
+/// The cases with gradients of matrices, which are held in bf16.
+pub fn half_gradients(target: &Target) -> Vec<Case> {
+    let target = Target { gradients: DType::BF16, ..target.clone() };
+    let half = |case: &Case| case.workload.of_kind(Kind::Gradient).any(|(_, buffer)| buffer.dtype == DType::BF16);
+    all(&target).into_iter().filter(half).collect()
+}
+
 /// A case being written. Values are uniform and depend on the case's name alone.
 struct Writer {
     name: String,
@@ -33,6 +40,7 @@ struct Writer {
     checkpoint: HashMap<String, DType>,
     compute: DType,
     trainable: DType,
+    gradients: DType,
     drawn: u32,
 }
 
@@ -41,7 +49,8 @@ impl Writer {
         let mut builder = WorkloadBuilder::new();
         builder.begin("case", Role::Micro, 0);
         let (compute, trainable) = (target.compute, target.trainable);
-        Self { name, builder, inputs: Vec::new(), checkpoint: HashMap::new(), compute, trainable, drawn: 0 }
+        let gradients = target.gradients;
+        Self { name, builder, inputs: Vec::new(), checkpoint: HashMap::new(), compute, trainable, gradients, drawn: 0 }
     }
 
     /// `count` numbers, uniform in `[-1, 1)`.
@@ -100,6 +109,11 @@ impl Writer {
         self.random(name, shape, DType::F32, Kind::Gradient, 1.0)
     }
 
+    /// Of a matrix of the model.
+    fn matrix_gradient(&mut self, name: &str, shape: &[usize]) -> BufferId {
+        self.random(name, shape, self.gradients, Kind::Gradient, 1.0)
+    }
+
     fn scalar(&mut self, name: &str, value: f64) -> BufferId {
         self.put(name, &[1], DType::F32, Kind::Scalar, &[value])
     }
@@ -141,7 +155,7 @@ fn embedding(target: &Target, cases: &mut Vec<Case>) {
         // Few different ids, so that rows meet.
         let ids = case.random_integers("ids", tokens, vocabulary.min(11));
         let grad_output = case.activation("grad_output", &[tokens, width]);
-        let grad_weight = case.gradient("embedding.weight.grad", &[vocabulary, width]);
+        let grad_weight = case.matrix_gradient("embedding.weight.grad", &[vocabulary, width]);
         cases.push(case.finish(Op::EmbeddingBackward { ids, grad_output, grad_weight, scale: 1.5 }));
     }
 }
@@ -315,7 +329,7 @@ fn linear_backward(
     for (index, &width) in outputs.iter().enumerate() {
         let shape = [width, inputs];
         let weight = case.weight(&format!("{index}.weight"), &shape, stored);
-        let grad_weight = parts.trained.then(|| case.gradient(&format!("{index}.weight.grad"), &shape));
+        let grad_weight = parts.trained.then(|| case.matrix_gradient(&format!("{index}.weight.grad"), &shape));
         let with_bias = parts.trained && parts.bias;
         let grad_bias = with_bias.then(|| case.gradient(&format!("{index}.bias.grad"), &[width]));
         let lora = parts.rank.zip(buffers).map(|(rank, (middle, grad_middle))| LoraBackward {
@@ -526,7 +540,8 @@ fn cross_entropy(target: &Target, cases: &mut Vec<Case>) {
         let losses = case.put("losses", &[tokens], DType::F32, Kind::Output, &vec![f64::NAN; tokens]);
         let backward = pass != Pass::Evaluate;
         let grad_input = backward.then(|| case.output("grad_input", &[tokens, hidden], case.compute));
-        let grad_weight = (pass == Pass::Trained).then(|| case.gradient("head.weight.grad", &[vocabulary, hidden]));
+        let grad_weight =
+            (pass == Pass::Trained).then(|| case.matrix_gradient("head.weight.grad", &[vocabulary, hidden]));
         let logits = case.workspace("logits", &[chunk, vocabulary], case.compute);
         cases.push(case.finish(Op::LinearCrossEntropy {
             input,
@@ -551,7 +566,7 @@ fn optimizer(target: &Target, cases: &mut Vec<Case>) {
 
     let mut case = Writer::new(target, "gradient_norm".to_string());
     let gradients =
-        vec![case.gradient("a.grad", &[37, 5]), case.gradient("b.grad", &[9001]), case.gradient("c.grad", &[1])];
+        vec![case.matrix_gradient("a.grad", &[37, 5]), case.gradient("b.grad", &[9001]), case.gradient("c.grad", &[1])];
     let norm = case.scalar("grad_norm", f64::NAN);
     cases.push(case.finish(Op::GradientNorm { gradients, norm }));
 
@@ -584,7 +599,8 @@ fn optimizer(target: &Target, cases: &mut Vec<Case>) {
         for (index, shape) in [vec![8usize, 576], vec![37, 3], vec![1], vec![70_000]].iter().enumerate() {
             let name = format!("{index}.lora_A.weight");
             let parameter = case.random(&name, shape, DType::F32, Kind::Adapter, 1.0);
-            let gradient = case.random(&format!("{name}.grad"), shape, DType::F32, Kind::Gradient, 1.0);
+            let kind = if shape.len() > 1 { case.gradients } else { DType::F32 };
+            let gradient = case.random(&format!("{name}.grad"), shape, kind, Kind::Gradient, 1.0);
             // The largest of each block is positive: such blocks are the same packed twice.
             let mut first: Vec<f64> = case.draw(shape.iter().product()).iter().map(|v| 0.3 * v).collect();
             first.iter_mut().step_by(256).for_each(|value| *value = 0.3);

@@ -34,7 +34,15 @@ pub type Opener<'a> = &'a dyn Fn(Plan, Arc<dyn WeightSource>) -> Result<Box<dyn 
 /// # Panics
 /// With a table of all that differ.
 pub fn check_engine(target: &Target, open: Opener, filter: &str) {
-    let cases: Vec<Case> = cases::all(target).into_iter().filter(|case| case.name.contains(filter)).collect();
+    check_cases(cases::all(target), target, open, filter);
+}
+
+/// As [`check_engine`], of these cases.
+///
+/// # Panics
+/// With a table of all that differ.
+pub fn check_cases(cases: Vec<Case>, target: &Target, open: Opener, filter: &str) {
+    let cases: Vec<Case> = cases.into_iter().filter(|case| case.name.contains(filter)).collect();
     assert!(!cases.is_empty(), "no case is called {filter}");
     let failures: Vec<String> = cases.iter().flat_map(|case| check_case(case, target, open)).collect();
     assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), cases.len(), failures.join("\n"));

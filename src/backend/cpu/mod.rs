@@ -78,12 +78,14 @@ pub fn target() -> Result<Target, EngineError> {
         alignment: 64,
         compute: DType::F32,
         trainable: DType::F32,
+        gradients: DType::F32,
         micro_sizes: sizes(16, 256, 16)
             .chain(sizes(288, 512, 32))
             .chain(sizes(640, 2048, 128))
             .chain(sizes(2560, 16_384, 512))
             .collect(),
         rates: Rates { flops, attention_flops: flops / 3.0, bandwidth: 8e9 * (threads as f64).min(8.0), per_op: 10e-6 },
+        fp8: None,
         library_workspace: 0,
         logits_bytes: 64 << 20,
     })

@@ -96,6 +96,7 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64) -
         alignment: 256,
         compute: DType::BF16,
         trainable: DType::BF16,
+        gradients: DType::F32,
         // Close together where updates of short rows end: what no row fills is computed for nothing.
         micro_sizes: vec![256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 8192, 16384, 32768],
         rates: Rates {
@@ -104,6 +105,7 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64) -
             bandwidth: bandwidth_tbs * 1e12,
             per_op: 3e-6,
         },
+        fp8: None,
         library_workspace: WORKSPACE_BYTES + SCRATCH_BYTES + (8 << 20),
         logits_bytes: 256 << 20,
     }

@@ -271,12 +271,14 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
         alignment: 256,
         compute: abilities.compute,
         trainable: DType::F32,
+        gradients: DType::F32,
         micro_sizes: if software {
             vec![64, 128, 256, 512, 1024, 2048]
         } else {
             vec![256, 512, 1024, 2048, 4096, 8192]
         },
         rates,
+        fp8: None,
         library_workspace: 0,
         logits_bytes: largest.min(if software { 64 << 20 } else { 512 << 20 }),
     })

@@ -33,7 +33,7 @@ impl Lowering<'_> {
             }
             Op::EmbeddingBackward { ids, grad_output, grad_weight, scale } => {
                 self.expect("embedding_backward", &[*grad_output], DType::BF16)?;
-                self.expect("embedding_backward", &[*grad_weight], DType::F32)?;
+                let kind = self.type_name("embedding_backward", *grad_weight)?;
                 let (tokens, columns) = (self.rows(*ids), self.width(*grad_weight));
                 let arguments = arguments![
                     self.address(*ids),
@@ -44,7 +44,8 @@ impl Lowering<'_> {
                     self.rows(*grad_weight) as i32,
                     *scale,
                 ];
-                self.launch("embedding", "embedding_backward", [tokens, columns.div_ceil(256), 1], 256, arguments)
+                let entry = format!("embedding_backward_{kind}");
+                self.launch("embedding", &entry, [tokens, columns.div_ceil(256), 1], 256, arguments)
             }
             Op::RmsNorm { input, residual, sum, weight, output, inverse_rms, epsilon, weight_offset } => {
                 self.expect("rms_norm", &[*input, *output], DType::BF16)?;

@@ -27,7 +27,6 @@ impl Lowering<'_> {
         };
         self.expect("linear_cross_entropy", &[*input, *weight], DType::BF16)?;
         self.expect("linear_cross_entropy", grad_input.as_slice(), DType::BF16)?;
-        self.expect("linear_cross_entropy", grad_weight.as_slice(), DType::F32)?;
         let backward = grad_input.is_some() || grad_weight.is_some();
         let (input, weight) = (self.matrix(*input), self.matrix(*weight));
         let mut logits = self.matrix(*logits);

@@ -236,7 +236,6 @@ impl Lowering<'_> {
             let grad_output = self.columns(projection.grad_output);
             self.expect("linear_backward", &[projection.grad_output.buffer], DType::BF16)?;
             if let Some(grad_weight) = projection.grad_weight {
-                self.expect("linear_backward", &[grad_weight], DType::F32)?;
                 pairs.push((self.matrix(grad_weight), grad_output));
             }
             if let Some(grad_bias) = projection.grad_bias {

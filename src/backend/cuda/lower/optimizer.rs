@@ -14,12 +14,11 @@ const ADAM_PIECE: usize = 2048;
 
 impl Lowering<'_> {
     pub(super) fn gradient_norm(&mut self, gradients: &[BufferId], norm: BufferId) -> Result<(), EngineError> {
-        self.expect("gradient_norm", gradients, DType::F32)?;
         let (mut parts, mut pieces) = (Vec::new(), Vec::new());
         for &gradient in gradients {
             let elements = self.workload.buffer(gradient).elements();
-            push_pieces(&mut pieces, (parts.len() / 2) as u32, elements, NORM_PIECE);
-            parts.extend([self.address(gradient), elements as u64]);
+            push_pieces(&mut pieces, (parts.len() / 3) as u32, elements, NORM_PIECE);
+            parts.extend([self.address(gradient), elements as u64, u64::from(self.half("gradient_norm", gradient)?)]);
         }
         let blocks = pieces.len() / 2;
         let parts = self.keep(bytemuck::cast_slice(&parts), "a table of gradients")?;
@@ -31,6 +30,15 @@ impl Lowering<'_> {
         self.launch("adamw", "gradient_norm_partial", [blocks, 1, 1], 256, arguments)?;
         let arguments = arguments![pointer, blocks as i32, self.address(norm)];
         self.launch("adamw", "gradient_norm_finish", [1, 1, 1], 1024, arguments)
+    }
+
+    /// Whether a gradient is held in bf16 instead of f32.
+    fn half(&self, op: &str, gradient: BufferId) -> Result<bool, EngineError> {
+        match self.memory.stored(gradient) {
+            DType::F32 => Ok(false),
+            DType::BF16 => Ok(true),
+            other => Err(unsupported(format!("{op} of gradients in {}", other.name()))),
+        }
     }
 
     pub(super) fn adamw(&mut self, op: &Op) -> Result<(), EngineError> {
@@ -56,7 +64,7 @@ impl Lowering<'_> {
             for part in parts {
                 let second = [part.second_moment];
                 self.expect("AdamW", &second, moment)?;
-                self.expect("AdamW", &[part.gradient], DType::F32)?;
+                let half = u64::from(self.half("AdamW", part.gradient)?);
                 let elements = self.workload.buffer(part.parameter).elements() as u64;
                 push_pieces(&mut pieces, (table.len() / 8) as u32, elements as usize, ADAM_PIECE);
                 let (first, second) = (self.address(part.first_moment), self.address(part.second_moment));
@@ -70,7 +78,7 @@ impl Lowering<'_> {
                     first,
                     second,
                     elements,
-                    u64::from(part.stream),
+                    u64::from(part.stream) | half << 32,
                 ]);
             }
             let blocks = pieces.len() / 2;
