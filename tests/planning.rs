@@ -118,7 +118,7 @@ fn full_fine_tuning_of_8b_fits_48_gb() {
         let (plan, choice) = search.run().expect("8B in 48 GB");
         println!("{:.2} GiB, {choice:?}", plan.summary.peak_bytes as f64 / GIB);
         assert!(plan.summary.peak_bytes <= target.memory.expect("a card's memory"));
-        let states = 2 * config.parameters() as u64;
+        let states = 2 * config.parameters();
         if host_optimizer == Some(true) {
             assert!(choice.host_optimizer && plan.summary.host_bytes >= states, "{choice:?}");
             assert_eq!(plan.summary.bytes.get("optimizer").copied().unwrap_or(0), 0);
