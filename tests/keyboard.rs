@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use portable_pty::{Child, CommandBuilder, PtySize, native_pty_system};
@@ -102,16 +102,24 @@ impl Workbench {
         self.input.flush().unwrap();
     }
 
-    /// Reads to the end of the output.
-    fn end(&mut self) {
-        loop {
-            match self.output.recv_timeout(PATIENCE) {
-                Ok(bytes) => self.take(bytes),
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => panic!("it did not end:\n{}", self.screen()),
+    /// Waits until the process has ended and reads what it wrote last. Gives its exit status.
+    fn end(&mut self) -> portable_pty::ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
             }
+            assert!(Instant::now() < end, "it did not end:\n{}", self.screen());
+            if let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(20)) {
+                self.take(bytes);
+            }
+        };
+        // All that it wrote lies in the terminal by now; the end of the output is not waited for, as it may have
+        // left children on the terminal.
+        while let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(500)) {
+            self.take(bytes);
         }
-        let _ = self.child.wait();
+        status
     }
 
     fn signal(&self, name: &str) {
@@ -207,20 +215,22 @@ fn the_five_steps_and_a_run_that_outlives_its_interface() {
     second.see("copied to exported");
     assert!(home.path().join("exported/adapter_config.json").is_file());
     second.press("q");
-    second.end();
+    assert!(second.end().success());
     assert!(second.is_restored());
 }
 
 #[test]
 fn a_signal_that_can_be_caught_restores_the_terminal() {
-    for signal in ["-TERM", "-HUP"] {
+    for signal in ["-TERM", "-HUP", "-INT", "-QUIT"] {
         let home = tempfile::tempdir().unwrap();
         let mut workbench = Workbench::open(home.path(), &[]);
-        workbench.see("demo");
+        // From the first byte on, and while adapters are looked for in the background.
+        workbench.see("1 Model");
         assert!(!workbench.is_restored());
         workbench.signal(signal);
-        workbench.end();
+        let status = workbench.end();
         assert!(workbench.is_restored(), "{signal}");
+        assert!(status.success(), "{signal}: {status:?}");
     }
 }
 

@@ -362,7 +362,8 @@ fn interruptions() -> anyhow::Result<Arc<AtomicU8>> {
             while tokio::signal::ctrl_c().await.is_ok() {
                 if shared.compare_exchange(ANSWERING, INTERRUPTED, Ordering::SeqCst, Ordering::SeqCst).is_err() {
                     println!();
-                    std::process::exit(0);
+                    // Not the ordinary exit: it runs drivers' destructors beside an engine at work.
+                    signal_hook::low_level::exit(0);
                 }
             }
         });

@@ -1,13 +1,13 @@
 //! `tune` and `tune attach`: the workbench.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
-use super::report::Failure;
+use super::report::{self, Failure};
 use crate::run::Home;
 use crate::run::worker::exit;
 use crate::spec::RunSpec;
-use crate::tui::{self, Start};
+use crate::tui::{self, OpenError, Start};
 
 /// Opens the workbench, on a run file if one is given.
 ///
@@ -26,8 +26,7 @@ pub fn run(file: Option<PathBuf>) -> anyhow::Result<u8> {
         None => Start::Empty,
     };
     require_terminal()?;
-    tui::open(start)?;
-    Ok(exit::DONE)
+    leave(tui::open(start))
 }
 
 /// Opens the workbench on a run.
@@ -36,8 +35,19 @@ pub fn run(file: Option<PathBuf>) -> anyhow::Result<u8> {
 /// When there is no such run.
 pub fn attach(run: &str) -> anyhow::Result<u8> {
     let folder = Home::find()?.run(run)?;
-    tui::open(Start::Run(folder.id()))?;
-    Ok(exit::DONE)
+    leave(tui::open(Start::Run(folder.id())))
+}
+
+/// Ends this process at once. Threads in the background may be in the middle of asking a graphics driver for its
+/// adapters; an ordinary exit runs the driver's destructors beside them, which crashes or never ends. Nothing is lost:
+/// runs have processes of their own, and files are written whole or not at all.
+fn leave(result: Result<(), OpenError>) -> ! {
+    let code = match result {
+        Ok(()) => exit::DONE,
+        Err(error) => report::report(&error.into()),
+    };
+    let _ = std::io::stdout().flush();
+    signal_hook::low_level::exit(code.into())
 }
 
 /// Whether the workbench can be shown here.

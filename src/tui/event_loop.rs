@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use crossterm::event::Event;
 use ratatui::Terminal;
 use ratatui::layout::Size;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use super::app::App;
 use super::message::{Message, Request};
@@ -27,11 +29,11 @@ pub fn run(
     sender: Sender<Message>,
     mut perform: impl FnMut(Request),
 ) -> io::Result<()> {
+    watch_signals(sender.clone())?;
     let takeover = Takeover::new()?;
     let (width, height) = crossterm::terminal::size()?;
     let mut terminal = Terminal::new(Screen::new(io::stdout(), Size::new(width, height)))?;
-    listen(sender.clone())?;
-    watch_signals(sender)?;
+    listen(sender)?;
     let mut drawn: Option<Instant> = None;
     let mut waiting = false;
     loop {
@@ -121,22 +123,18 @@ fn listen(sender: Sender<Message>) -> io::Result<()> {
     Ok(())
 }
 
-/// SIGTERM and SIGHUP leave in an orderly way: the terminal is given back.
+/// Signals that end a program, and can be caught: they leave in an orderly way, and the terminal is given back.
+const ENDINGS: [i32; 4] = [SIGTERM, SIGHUP, SIGINT, SIGQUIT];
+
+/// Hands endings on. They are caught from the moment this returns: before the terminal is taken over.
 fn watch_signals(sender: Sender<Message>) -> io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut signals = Signals::new(ENDINGS)?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
-        runtime.block_on(async {
-            let (Ok(mut terminate), Ok(mut hang_up)) = (signal(SignalKind::terminate()), signal(SignalKind::hangup()))
-            else {
+        for _ in signals.forever() {
+            if sender.send(Message::Terminate).is_err() {
                 return;
-            };
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = hang_up.recv() => {}
             }
-            let _ = sender.send(Message::Terminate);
-        });
+        }
     })?;
     Ok(())
 }

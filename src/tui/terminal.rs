@@ -5,7 +5,7 @@
 //! update (ignored where unknown), and keeps the pen from frame to frame.
 
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use ratatui::backend::{Backend, ClearType, WindowSize};
 use ratatui::buffer::Cell;
@@ -291,18 +291,13 @@ fn silence_standard_error() {
     }
     if let Ok(copy) = stderr.as_fd().try_clone_to_owned() {
         let _ = STANDARD_ERROR.set(copy);
-        point_standard_error_at(nothing.as_fd());
+        let _ = rustix::stdio::dup2_stderr(nothing);
     }
-}
-
-fn point_standard_error_at(file: BorrowedFd) {
-    // SAFETY: both descriptors are open; descriptor 2 is replaced at once and nothing in Rust owns it.
-    unsafe { libc::dup2(file.as_raw_fd(), libc::STDERR_FILENO) };
 }
 
 fn restore() {
     if let Some(file) = STANDARD_ERROR.get() {
-        point_standard_error_at(file.as_fd());
+        let _ = rustix::stdio::dup2_stderr(file);
     }
     let _ = write_out(LEAVE);
     let _ = crossterm::terminal::disable_raw_mode();
