@@ -5,7 +5,9 @@ mod workbench;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use workbench::{Bench, events, finish, kill, name, of_kind, until, until_step, updates, worker};
+use workbench::{
+    Bench, assert_whole_checkpoints, events, finish, kill, name, of_kind, until, until_step, updates, worker,
+};
 
 /// Long enough to be interrupted, short enough to be waited for.
 const LONG: &[&str] = &["train.steps=60", "train.batch=4", "train.save_every=5", "train.eval_every=20"];
@@ -20,22 +22,6 @@ fn assert_same_updates(folder: &std::path::Path, reference: &std::path::Path) {
     }
     let result = |folder: &std::path::Path| std::fs::read(folder.join("adapter/adapter_model.safetensors")).unwrap();
     assert!(result(folder) == result(reference), "the adapters differ");
-}
-
-/// Every checkpoint is whole, and nothing is left under a temporary name.
-fn assert_whole_checkpoints(folder: &std::path::Path) {
-    for entry in std::fs::read_dir(folder.join("checkpoints")).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        assert!(name.starts_with("step-"), "{name} is left behind");
-        for file in ["state.json", "trained.safetensors", "optimizer.safetensors"] {
-            let bytes = std::fs::read(entry.path().join(file)).unwrap_or_else(|error| panic!("{name}/{file}: {error}"));
-            if file.ends_with("safetensors") {
-                safetensors::SafeTensors::deserialize(&bytes).unwrap_or_else(|error| panic!("{name}/{file}: {error}"));
-            } else {
-                serde_json::from_slice::<serde_json::Value>(&bytes).unwrap();
-            }
-        }
-    }
 }
 
 #[test]

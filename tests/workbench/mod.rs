@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -239,4 +240,31 @@ pub fn worker(folder: &Path) -> u32 {
 
 pub fn kill(process: u32, signal: &str) {
     let _ = Command::new("kill").args([format!("-{signal}"), process.to_string()]).stderr(Stdio::null()).status();
+}
+
+/// Every checkpoint is whole, and nothing is left under a temporary name.
+pub fn assert_whole_checkpoints(folder: &Path) {
+    let entries = std::fs::read_dir(folder.join("checkpoints")).into_iter().flatten().flatten();
+    let left: Vec<_> = entries.map(|entry| entry.file_name()).filter(|name| name.as_bytes()[0] == b'.').collect();
+    assert!(left.is_empty(), "{left:?} is left behind");
+    assert_checkpoints_open(folder);
+}
+
+/// Every checkpoint that has its name is whole. A kill may have left one that has not.
+pub fn assert_checkpoints_open(folder: &Path) {
+    for entry in std::fs::read_dir(folder.join("checkpoints")).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with('.') {
+            continue;
+        }
+        assert!(name.starts_with("step-"), "{name} is no checkpoint");
+        for file in ["state.json", "trained.safetensors", "optimizer.safetensors"] {
+            let bytes = std::fs::read(entry.path().join(file)).unwrap_or_else(|error| panic!("{name}/{file}: {error}"));
+            if file.ends_with("safetensors") {
+                safetensors::SafeTensors::deserialize(&bytes).unwrap_or_else(|error| panic!("{name}/{file}: {error}"));
+            } else {
+                serde_json::from_slice::<serde_json::Value>(&bytes).unwrap();
+            }
+        }
+    }
 }
