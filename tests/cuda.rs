@@ -202,6 +202,120 @@ fn four_bit_weights_are_those_of_bitsandbytes_and_multiply_right() {
     }
 }
 
+/// Value of an e4m3 code.
+fn e4m3(code: u8) -> f64 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f64::from(code & 7));
+    let size =
+        if exponent == 0 { mantissa / 8.0 * 2f64.powi(-6) } else { (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7) };
+    if code & 0x80 == 0 { size } else { -size }
+}
+
+/// Weights in 8-bit floats: codes are the nearest, the weights of an operation share a scale, and both passes multiply.
+#[test]
+fn eight_bit_float_weights_are_the_nearest_and_multiply_right() {
+    let Some(target) = card() else { return };
+    if target.fp8_flops.is_none() {
+        println!("left out: {} has no 8-bit products", target.name);
+        return;
+    }
+    let largest = (0..=0x7e).map(e4m3).fold(0.0, f64::max);
+    assert_eq!(largest, 448.0);
+    for (tokens, inputs, outputs) in [(37usize, 576usize, [192usize, 64]), (130, 4096, [1024, 512]), (1, 96, [32, 48])]
+    {
+        let mut builder = WorkloadBuilder::new();
+        builder.begin("case", Role::Micro, tokens);
+        let width = outputs.iter().sum();
+        let input = builder.persistent("input", &[tokens, inputs], DType::BF16, Kind::Input);
+        let grad = builder.persistent("grad_output", &[tokens, width], DType::BF16, Kind::Input);
+        let output = builder.persistent("output", &[tokens, width], DType::BF16, Kind::Output);
+        let grad_input = builder.persistent("grad_input", &[tokens, inputs], DType::BF16, Kind::Output);
+        let mut tensors = HashMap::new();
+        let (mut forward, mut backward, mut ids) = (Vec::new(), Vec::new(), Vec::new());
+        let mut start = 0;
+        for (index, &rows) in outputs.iter().enumerate() {
+            let name = format!("{index}.weight");
+            let weight = builder.persistent(&name, &[rows, inputs], DType::Fp8, Kind::Weight);
+            let values: Vec<f32> = uniform(&name, rows * inputs).iter().map(|v| v * v * v * 0.1).collect();
+            tensors.insert(name, (vec![rows, inputs], values));
+            let columns = |buffer| Columns { buffer, start, width: rows };
+            forward.push(Projection { weight, bias: None, output: columns(output), lora: None });
+            let grad_output = columns(grad);
+            backward.push(ProjectionBackward { weight, grad_output, grad_weight: None, grad_bias: None, lora: None });
+            ids.push(weight);
+            start += rows;
+        }
+        builder.push("forward", Op::Linear { input, projections: forward });
+        builder.push("backward", Op::LinearBackward { input, grad_input: Some(grad_input), projections: backward });
+        builder.end();
+        let plan = plan(builder.finish(), target.clone()).expect("a plan");
+        let tensors = Arc::new(Tensors(tensors));
+        let mut session = open(plan, tensors.clone()).expect("a session");
+        let (x, g) = (uniform("x", tokens * inputs), uniform("g", tokens * width));
+        session.write(input, &bf16_bytes(&x)).expect("write");
+        session.write(grad, &bf16_bytes(&g)).expect("write");
+        session.run(0).expect("run");
+        let (mut weights, mut scales) = (Vec::new(), Vec::new());
+        for &id in &ids {
+            let buffer = session.plan().workload.buffer(id).clone();
+            let mut bytes = vec![0; buffer.bytes() as usize];
+            session.read(id, &mut bytes).expect("read");
+            let (_, values) = &tensors.0[&buffer.name];
+            let (codes, scale) = bytes.split_at(values.len());
+            let scale = f64::from(f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]));
+            scales.push(scale);
+            for (&code, &value) in codes.iter().zip(values) {
+                // The neighbours of the code are no nearer, but for the last digit of the division.
+                let off = |code: u8| (e4m3(code) * scale - f64::from(value)).abs();
+                let (below, above) =
+                    (code.saturating_sub(u8::from(code & 0x7f > 0)), code + u8::from(code & 0x7f < 0x7e));
+                assert!(off(code) <= off(below).min(off(above)) + 1e-6, "{value} became {}", e4m3(code) * scale);
+                weights.push(e4m3(code) * scale);
+            }
+        }
+        assert_eq!(scales[0], scales[1], "the weights of an operation share a scale");
+        let top = tensors.0.values().flat_map(|(_, values)| values).fold(0.0f32, |top, v| top.max(v.abs()));
+        assert!((scales[0] * 448.0 / f64::from(top) - 1.0).abs() < 1e-6);
+        let round = |v: &f32| bf16::from_f32(*v).to_f64();
+        let (x, g): (Vec<f64>, Vec<f64>) = (x.iter().map(round).collect(), g.iter().map(round).collect());
+        let mut expected_output = vec![0.0; tokens * width];
+        let mut expected_grad = vec![0.0; tokens * inputs];
+        for t in 0..tokens {
+            for n in 0..width {
+                let row = &weights[n * inputs..(n + 1) * inputs];
+                expected_output[t * width + n] = row.iter().zip(&x[t * inputs..]).map(|(w, x)| w * x).sum();
+                for (to, w) in expected_grad[t * inputs..(t + 1) * inputs].iter_mut().zip(row) {
+                    *to += g[t * width + n] * w;
+                }
+            }
+        }
+        for (name, id, expected) in [("output", output, expected_output), ("gradient", grad_input, expected_grad)] {
+            let error = relative(&bf16_values(session.as_mut(), id), &expected);
+            println!("{tokens}x{inputs}: the {name} in 8-bit floats is off by {error:.4}");
+            assert!(error < 5e-2, "{tokens}x{inputs}: the {name} is off by {error}");
+        }
+    }
+}
+
+/// LoRA on 8-bit floats learns as on bf16.
+#[test]
+fn training_in_fp8_follows_bf16() {
+    let Some(target) = card() else { return };
+    if target.fp8_flops.is_none() {
+        println!("left out: {} has no 8-bit products", target.name);
+        return;
+    }
+    let (expected, _) = train(&target, &open, &lora(None, 0.0), Recompute::All, 1e-3, 20);
+    let (found, norms) = train(&target, &open, &lora(Some(DType::Fp8), 0.0), Recompute::All, 1e-3, 20);
+    println!("losses in bf16 {expected:.4?}\nlosses in fp8 {found:.4?}\nnorms in fp8 {norms:.4?}");
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found / expected - 1.0).abs() < 0.03, "{found} beside {expected}");
+    }
+    let fall = |losses: &[f64]| losses[0] + losses[1] - losses[18] - losses[19];
+    assert!((fall(&found) / fall(&expected) - 1.0).abs() < 0.1, "{} beside {}", fall(&found), fall(&expected));
+    let again = train(&target, &open, &lora(Some(DType::Fp8), 0.0), Recompute::Offload, 1e-3, 20);
+    assert_eq!(found, again.0, "where the inputs of layers wait changes nothing");
+}
+
 const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576,
     "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3,
     "vocab_size": 4099, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048,

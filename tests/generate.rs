@@ -69,7 +69,7 @@ fn adder(sizes: &[usize], capacity: usize) -> (Model, Runs) {
         gradients: DType::F32,
         micro_sizes: vec![],
         rates: Rates { flops: 1e9, attention_flops: 1e9, bandwidth: 1e9, per_op: 0.0 },
-        fp8: None,
+        fp8_flops: None,
         library_workspace: 0,
         logits_bytes: 1 << 20,
     };

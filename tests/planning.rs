@@ -158,6 +158,13 @@ fn what_does_not_fit_is_refused_with_settings_that_would() {
         panic!("8B in bf16 fits no 12 GB card");
     };
     assert!(needed > available);
+    assert_eq!(fits, ["engine.precision = \"fp8\"", "method.kind = \"qlora\""]);
+    // An Ampere card has no 8-bit products.
+    let Err(PlanningError::Plan(PlanError::DoesNotFit { fits, .. })) =
+        search(&config, lora(), 2048, 2, &card("RTX 3060"))
+    else {
+        panic!("8B in bf16 fits no 12 GB card");
+    };
     assert_eq!(fits, ["method.kind = \"qlora\""]);
 
     let Err(PlanningError::Plan(PlanError::DoesNotFit { fits, .. })) =
@@ -166,6 +173,26 @@ fn what_does_not_fit_is_refused_with_settings_that_would() {
         panic!("65,536 tokens fit no 9 GiB");
     };
     assert!(fits.iter().any(|setting| setting.starts_with("data.max_length = ")), "{fits:?}");
+}
+
+/// 8-bit weights take half of the memory and less time; a card without such products refuses them by name.
+#[test]
+fn fp8_halves_the_weights_where_the_card_has_it() {
+    let config = config("llama-3.1-8b");
+    let mut target = card("H100");
+    target.micro_sizes = vec![4096];
+    let fp8 = adapter(16, Some(DType::Fp8));
+    let (plain, _) = search(&config, lora(), 2048, 2, &target).expect("a plan");
+    let (small, _) = search(&config, fp8.clone(), 2048, 2, &target).expect("a plan");
+    let saved = plain.summary.bytes["weights"] - small.summary.bytes["weights"];
+    let matrices = config.parameters() - 2 * 128_256 * 4096 - (2 * 32 + 1) * 4096;
+    assert!(saved.abs_diff(matrices) < 1 << 20, "{saved} of {matrices}");
+    let seconds = |plan: &Plan| plan.summary.programs.iter().map(|program| program.estimated_seconds).sum::<f64>();
+    assert!(seconds(&small) < 0.75 * seconds(&plain));
+    for name in ["A100", "RTX 3090"] {
+        let error = search(&config, fp8.clone(), 2048, 2, &card(name)).expect_err("no 8-bit products");
+        assert!(error.to_string().contains(name) && error.to_string().contains("Hopper"), "{error}");
+    }
 }
 
 /// Moves go from cheap to dear: nothing is given up while there is room, and the embedding leaves the card first.

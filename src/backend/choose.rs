@@ -25,7 +25,7 @@ pub struct Choice {
 }
 
 /// Finds the device for `engine.device` (`auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`, `wgpu:N`) and `engine.precision`
-/// (`auto`, `f32`, `f16`, `bf16`). `auto` takes CUDA where a card and its libraries are there, else a hardware
+/// (`auto`, `f32`, `f16`, `bf16`, `fp8`). `auto` takes CUDA where a card and its libraries are there, else a hardware
 /// adapter through wgpu, else the CPU.
 ///
 /// # Errors
@@ -56,7 +56,7 @@ pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
 
 /// The first card that can train, or why there is none.
 fn choose_cuda(precision: &str) -> Result<Choice, String> {
-    if !matches!(precision, "auto" | "bf16") {
+    if !matches!(precision, "auto" | "bf16" | "fp8") {
         return Err(format!("precision {precision} was asked for, which CUDA does not compute in"));
     }
     let cards = cuda::cards().map_err(|error| error.to_string())?;
@@ -74,11 +74,19 @@ fn choose_cuda(precision: &str) -> Result<Choice, String> {
 }
 
 fn cuda_on(ordinal: usize, precision: &str, reason: String) -> Result<Choice, EngineError> {
-    if !matches!(precision, "auto" | "bf16") {
-        let what = format!("engine.precision = {precision:?}; it computes in bf16");
+    if !matches!(precision, "auto" | "bf16" | "fp8") {
+        let what = format!("engine.precision = {precision:?}; it computes in bf16 and fp8");
         return Err(EngineError::Unsupported { engine: "cuda", what });
     }
-    Ok(Choice { device: Device::Cuda(ordinal), target: cuda::target(ordinal)?, reason })
+    let target = cuda::target(ordinal)?;
+    if precision == "fp8" && target.fp8_flops.is_none() {
+        let what = format!(
+            "engine.precision = \"fp8\" on {}, which has no 8-bit products (Ada, Hopper and newer have); use bf16",
+            target.name
+        );
+        return Err(EngineError::Unsupported { engine: "cuda", what });
+    }
+    Ok(Choice { device: Device::Cuda(ordinal), target, reason })
 }
 
 fn choose_wgpu(device: &str, precision: &str, reason: &str) -> Result<Choice, EngineError> {

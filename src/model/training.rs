@@ -75,6 +75,9 @@ pub fn training_workload(
             names::PROJECTIONS.join(", ")
         )));
     }
+    if weights == DType::Fp8 {
+        check_fp8(config, target)?;
+    }
     let mut graph = Graph::new(config, target, weights, adapter, trained);
     let mut sizes = options.sizes.clone();
     sizes.sort_unstable();
@@ -91,6 +94,29 @@ pub fn training_workload(
         generation_programs(&mut graph, generation);
     }
     Ok(graph.builder.finish())
+}
+
+/// Products of 8-bit floats: the device must have them, and they take matrices with sides of multiples of 16.
+fn check_fp8(config: &ModelConfig, target: &Target) -> Result<(), ModelError> {
+    if target.fp8_flops.is_none() {
+        return Err(ModelError::Request(format!(
+            "{} has no products of 8-bit floats (NVIDIA's Ada, Hopper and newer have); use engine.precision = \"auto\" and \
+             model.weights = \"auto\", or method.kind = \"qlora\" for 4-bit weights",
+            target.name
+        )));
+    }
+    let sides = [
+        ("hidden_size", config.hidden_size),
+        ("intermediate_size", config.intermediate_size),
+        ("query columns", config.heads * config.head_dim),
+        ("key-value columns", config.kv_heads * config.head_dim),
+    ];
+    match sides.into_iter().find(|(_, side)| !side.is_multiple_of(16)) {
+        Some((name, side)) => Err(ModelError::Request(format!(
+            "8-bit floats need sides of multiples of 16, and the model's {name} is {side}; use engine.precision = \"bf16\""
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// `recompute` has an entry a layer in training, and none otherwise.

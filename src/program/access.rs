@@ -1,6 +1,6 @@
 //! What each operation reads, writes and updates, and what it costs.
 
-use super::{Access, BufferId, Op, Workload};
+use super::{Access, BufferId, DType, Op, Workload};
 use Access::{Read, Update, Write};
 
 impl Op {
@@ -188,6 +188,22 @@ impl Op {
             }
             _ => 0,
         }
+    }
+
+    /// Those among [`Op::flops`] that are products with weights in 8-bit floats.
+    pub fn fp8_flops(&self, workload: &Workload) -> u64 {
+        let size = |id: BufferId| {
+            let buffer = workload.buffer(id);
+            if buffer.dtype == DType::Fp8 { buffer.elements() as u64 } else { 0 }
+        };
+        let (input, weights): (_, u64) = match self {
+            Op::Linear { input, projections } => (input, projections.iter().map(|p| size(p.weight)).sum()),
+            Op::LinearBackward { input, grad_input: Some(_), projections } => {
+                (input, projections.iter().map(|p| size(p.weight)).sum())
+            }
+            _ => return 0,
+        };
+        2 * workload.buffer(*input).rows() as u64 * weights
     }
 
     /// The fewest bytes that must move through memory: each operand read once, each result written once.

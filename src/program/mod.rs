@@ -19,7 +19,7 @@ pub use op::{
     ProjectionBackward,
 };
 pub use plan::{Placement, Plan, PlanError};
-pub use target::{Fp8Products, Rates, Target};
+pub use target::{Rates, Target};
 
 use serde::Serialize;
 

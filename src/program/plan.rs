@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::{Access, BufferId, Kind, Op, Program, Role, Target, Workload};
+use super::{Access, BufferId, DType, Kind, Op, Program, Role, Target, Workload};
 
 /// Where a buffer lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -131,6 +131,51 @@ pub fn optimizer_states(workload: &Workload) -> BTreeSet<BufferId> {
     workload.of_kind(Kind::Optimizer).map(|(id, _)| id).collect()
 }
 
+/// Scratch of products of 8-bit floats, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fp8Sizes {
+    /// Of the factor that is quantized on the way in.
+    pub operand: u64,
+    /// Of transposed weights.
+    pub weight: u64,
+}
+
+impl Fp8Sizes {
+    /// Bytes for magnitudes and the scale.
+    pub const HEADER: u64 = 8192;
+    /// More than this is worked through in parts.
+    const MOST: u64 = 128 << 20;
+
+    pub fn total(self) -> u64 {
+        Self::HEADER + self.operand + self.weight
+    }
+}
+
+/// What the products of a workload on weights in 8-bit floats need beside the arena; zero without such weights.
+pub fn fp8_sizes(workload: &Workload) -> Fp8Sizes {
+    let mut sizes = Fp8Sizes::default();
+    let held = |id: BufferId| workload.buffer(id).dtype == DType::Fp8;
+    for step in workload.programs.iter().flat_map(|program| &program.steps) {
+        match &step.op {
+            Op::Linear { input, projections } if projections.iter().any(|p| held(p.weight)) => {
+                sizes.operand = sizes.operand.max(workload.buffer(*input).elements() as u64);
+            }
+            Op::LinearBackward { grad_input: Some(input), projections, .. }
+                if projections.iter().any(|p| held(p.weight)) =>
+            {
+                let rows = workload.buffer(*input).rows() as u64;
+                let columns: u64 = projections.iter().map(|p| p.grad_output.width as u64).sum();
+                let weights: u64 = projections.iter().map(|p| workload.buffer(p.weight).elements() as u64).sum();
+                sizes.operand = sizes.operand.max(rows * columns);
+                sizes.weight = sizes.weight.max(weights);
+            }
+            _ => {}
+        }
+    }
+    let even = |bytes: u64| bytes.min(Fp8Sizes::MOST).next_multiple_of(256);
+    Fp8Sizes { operand: even(sizes.operand), weight: even(sizes.weight) }
+}
+
 /// Bytes a second over the bus between host and device, for estimates: PCIe 4.0 with 16 lanes.
 const BUS_BANDWIDTH: f64 = 24e9;
 
@@ -187,7 +232,9 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
     }
     let arena: u64 = segments.iter().sum();
     // What placement loses between buffers is counted as activations.
-    bytes.insert(Kind::Workspace.name(), worst.1 + target.library_workspace);
+    let eight_bit = fp8_sizes(&workload);
+    let products = if eight_bit == Fp8Sizes::default() { 0 } else { eight_bit.total() };
+    bytes.insert(Kind::Workspace.name(), worst.1 + target.library_workspace + products);
     bytes.insert(Kind::Activation.name(), arena.saturating_sub(worst.1));
     let peak_bytes = bytes.values().sum();
     if let Some(available) = target.memory
@@ -208,7 +255,9 @@ pub fn estimate(workload: &Workload, program: &Program, target: &Target) -> f64 
 pub fn estimate_op(workload: &Workload, op: &Op, target: &Target) -> f64 {
     let attention = matches!(op, Op::Attention { .. } | Op::AttentionBackward { .. } | Op::CachedAttention { .. });
     let rate = if attention { target.rates.attention_flops } else { target.rates.flops };
-    let arithmetic = op.flops(workload) as f64 / rate;
+    let eight_bit = target.fp8_flops.map_or(0, |_| op.fp8_flops(workload));
+    let arithmetic =
+        (op.flops(workload) - eight_bit) as f64 / rate + eight_bit as f64 / target.fp8_flops.unwrap_or(rate);
     let memory = op.bytes_moved(workload) as f64 / target.rates.bandwidth;
     let accesses = op.accesses().into_iter();
     let offloaded = accesses.filter(|(id, _)| workload.buffer(*id).kind == Kind::Offload);

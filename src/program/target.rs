@@ -17,15 +17,6 @@ pub struct Rates {
     pub per_op: f64,
 }
 
-/// Products of 8-bit floating-point numbers.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Fp8Products {
-    /// Floating-point operations per second.
-    pub flops: f64,
-    /// Scratch that they take beside the arena, bytes.
-    pub workspace: u64,
-}
-
 /// The limits and wishes of an engine on a device.
 #[derive(Clone, Debug, Serialize)]
 pub struct Target {
@@ -48,8 +39,8 @@ pub struct Target {
     /// Micro-batch sizes, ascending, as multiples to choose from.
     pub micro_sizes: Vec<usize>,
     pub rates: Rates,
-    /// None where the device has no such products.
-    pub fp8: Option<Fp8Products>,
+    /// Products of 8-bit floats, floating-point operations per second; none where the device has no such products.
+    pub fp8_flops: Option<f64>,
     /// Workspace that libraries take beside the arena, bytes.
     pub library_workspace: u64,
     /// Most bytes that the logits of one head chunk may take.

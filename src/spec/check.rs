@@ -39,8 +39,8 @@ pub const CAPABILITIES: [Capabilities; 3] = [
     },
     Capabilities {
         engine: "cuda",
-        precisions: &["bf16"],
-        weights: &["nf4"],
+        precisions: &["bf16", "fp8"],
+        weights: &["nf4", "fp8"],
         optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
         optimizer_memory: &["device", "host"],
         recompute: &["none", "all"],
@@ -125,6 +125,22 @@ pub fn consistent(spec: &RunSpec) -> Result<(), SpecError> {
         let message =
             format!("method.kind = \"qlora\" is lora on NF4 weights, and model.weights = \"{}\"", spec.model.weights);
         problems.push(Problem::new("model.weights", message).hint("weights = \"auto\", or kind = \"lora\""));
+    }
+    let (weights, precision) = (spec.model.weights.as_str(), spec.engine.precision.as_str());
+    if precision == "fp8" && full {
+        let message = "engine.precision = \"fp8\" is for frozen weights, and method.kind = \"full\" trains them";
+        problems.push(Problem::new("engine.precision", message).hint("precision = \"bf16\", or kind = \"lora\""));
+    }
+    if precision == "fp8" && spec.method.kind == MethodKind::Qlora {
+        let message = "engine.precision = \"fp8\" multiplies weights in 8 bits, and method.kind = \"qlora\" holds 4";
+        problems.push(Problem::new("engine.precision", message).hint("precision = \"bf16\", or kind = \"lora\""));
+    } else if precision == "fp8" && !matches!(weights, "auto" | "fp8") {
+        let message = format!("engine.precision = \"fp8\" holds weights in fp8, and model.weights = \"{weights}\"");
+        problems.push(Problem::new("model.weights", message).hint("weights = \"auto\", or precision = \"bf16\""));
+    }
+    if weights == "fp8" && !matches!(precision, "auto" | "fp8") {
+        let message = format!("model.weights = \"fp8\" is multiplied in fp8, and engine.precision = \"{precision}\"");
+        problems.push(Problem::new("engine.precision", message).hint("precision = \"auto\", or weights = \"auto\""));
     }
     if let Some(steps) = spec.train.steps
         && spec.train.warmup >= 1.0

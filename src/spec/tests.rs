@@ -174,6 +174,25 @@ fn each_engine_refuses_by_name_what_it_cannot_do() {
 }
 
 #[test]
+fn fp8_is_for_frozen_weights_of_one_kind() {
+    let cases = [
+        (["method.kind=full", "engine.precision=fp8"], "engine.precision"),
+        (["method.kind=qlora", "engine.precision=fp8"], "engine.precision"),
+        (["model.weights=nf4", "engine.precision=fp8"], "model.weights"),
+        (["model.weights=fp8", "engine.precision=bf16"], "engine.precision"),
+    ];
+    for (settings, key) in cases {
+        let mut spec = RunSpec::default();
+        spec.apply(&["model.id=demo".into(), "data.train=demo".into()]).unwrap();
+        check::consistent(&spec).unwrap();
+        spec.apply(&settings.map(String::from)).unwrap();
+        let error = check::consistent(&spec).unwrap_err();
+        assert_eq!((error.problems.len(), error.problems[0].key.as_str()), (1, key), "{error}");
+        assert!(error.to_string().contains("fp8"), "{error}");
+    }
+}
+
+#[test]
 fn contradictions_are_refused() {
     let mut spec = RunSpec::default();
     let message = check::consistent(&spec).unwrap_err().to_string();

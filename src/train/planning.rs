@@ -248,14 +248,17 @@ impl Search<'_> {
                 break;
             }
         }
-        if let Method::Lora { adapter, weights } = &self.options.method
-            && cuda
-            && *weights != Some(DType::Nf4)
-        {
-            let method = Method::Lora { adapter: adapter.clone(), weights: Some(DType::Nf4) };
-            let options = TrainingOptions { method, ..self.options.clone() };
-            if leanest(&Search { options, ..self.clone() }) {
-                fits.push("method.kind = \"qlora\"".to_string());
+        let smaller = [(DType::Fp8, "engine.precision = \"fp8\""), (DType::Nf4, "method.kind = \"qlora\"")];
+        for (dtype, setting) in smaller {
+            if let Method::Lora { adapter, weights } = &self.options.method
+                && cuda
+                && weights.is_none_or(|held| held == DType::Fp8 && dtype == DType::Nf4)
+            {
+                let method = Method::Lora { adapter: adapter.clone(), weights: Some(dtype) };
+                let options = TrainingOptions { method, ..self.options.clone() };
+                if leanest(&Search { options, ..self.clone() }) {
+                    fits.push(setting.to_string());
+                }
             }
         }
         fits

@@ -196,6 +196,7 @@ pub fn search<'a>(
 fn weights_type(spec: &RunSpec) -> Option<crate::program::DType> {
     use crate::program::DType;
     match (spec.model.weights.as_str(), spec.method.kind) {
+        ("auto", _) if spec.engine.precision == "fp8" => Some(DType::Fp8),
         ("nf4", _) | ("auto", MethodKind::Qlora) => Some(DType::Nf4),
         ("int8", _) => Some(DType::Int8),
         ("fp8", _) => Some(DType::Fp8),

@@ -57,6 +57,7 @@ pub const SOURCES: &[Source] = &[
     source!("cross_entropy"),
     source!("dropout"),
     source!("embedding"),
+    source!("fp8"),
     source!("glu"),
     source!("nf4"),
     source!("rms_norm"),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::driver::{Card, DeviceMemory, PinnedMemory, failed, zero};
 use super::product::Matrix;
 use crate::backend::EngineError;
+use crate::program::plan::{Fp8Sizes, fp8_sizes};
 use crate::program::{Access, Buffer, BufferId, Columns, DType, Kind, Op, Placement, Plan, Workload};
 
 /// Scratch of the engine: unpacked weights, dropped-out inputs, partial sums, weights on their way in.
@@ -52,14 +53,45 @@ fn stored(buffer: &Buffer, written: bool) -> DType {
 
 fn stored_bytes(buffer: &Buffer, dtype: DType) -> u64 {
     match dtype {
+        // The scale comes after the last weight of a linear operation.
+        DType::Fp8 => buffer.elements() as u64,
         DType::Nf4 => Nf4Parts::at(0, buffer.elements() as u64).end,
         _ => dtype.bytes(&buffer.shape),
+    }
+}
+
+/// Scratch of 8-bit products.
+pub(super) struct Fp8Scratch {
+    memory: DeviceMemory,
+    /// Up to 1,024 f32: the largest magnitudes that blocks found.
+    pub largest: u64,
+    /// One f32: the scale of the quantized factor.
+    pub scale: u64,
+    /// The quantized factor.
+    pub operand: u64,
+    pub operand_bytes: u64,
+    /// Transposed weights.
+    pub weight: u64,
+    pub weight_bytes: u64,
+}
+
+impl Fp8Scratch {
+    fn new(card: &Arc<Card>, sizes: Fp8Sizes) -> Result<Self, EngineError> {
+        let memory = DeviceMemory::new(card, sizes.total(), "scratch of 8-bit products")?;
+        let largest = memory.pointer;
+        let operand = largest + Fp8Sizes::HEADER;
+        let scale = operand - 16;
+        let weight = operand + sizes.operand;
+        Ok(Self { memory, largest, scale, operand, operand_bytes: sizes.operand, weight, weight_bytes: sizes.weight })
     }
 }
 
 pub(super) struct Memory {
     addresses: Vec<u64>,
     stored: Vec<DType>,
+    /// Where the scales of weights in 8-bit floats lie: the weights of one linear operation share one.
+    scales: HashMap<BufferId, u64>,
+    fp8: Option<Fp8Scratch>,
     persistent: DeviceMemory,
     segments: Vec<DeviceMemory>,
     /// Buffers that the plan leaves on the host, each with its memory.
@@ -80,15 +112,23 @@ impl Memory {
         let stored: Vec<DType> =
             workload.buffers.iter().zip(&written).map(|(buffer, &written)| stored(buffer, written)).collect();
         let mut addresses = vec![0; workload.buffers.len()];
+        let mut scales: HashMap<BufferId, u64> = HashMap::new();
         let mut end = 0u64;
         for mut group in groups(workload) {
             group.retain(|id| !plan.host.contains(id));
+            let eight_bit: Vec<BufferId> =
+                group.iter().copied().filter(|id| stored[id.index()] == DType::Fp8).collect();
             let mut next = end.next_multiple_of(ALIGNMENT);
             for id in group {
                 // Members that end on no 16-byte boundary cannot touch.
                 let start = if next.is_multiple_of(16) { next } else { next.next_multiple_of(ALIGNMENT) };
                 addresses[id.index()] = start;
                 next = start + stored_bytes(workload.buffer(id), stored[id.index()]);
+            }
+            if !eight_bit.is_empty() {
+                let scale = next.next_multiple_of(16);
+                next = scale + 4;
+                scales.extend(eight_bit.into_iter().map(|id| (id, scale)));
             }
             end = next;
         }
@@ -124,7 +164,10 @@ impl Memory {
                 Placement::Own => addresses[index] + persistent.pointer,
             };
         }
-        let memory = Self { addresses, stored, persistent, segments, host, scratch };
+        scales.values_mut().for_each(|scale| *scale += persistent.pointer);
+        let sizes = fp8_sizes(workload);
+        let fp8 = if scales.is_empty() { None } else { Some(Fp8Scratch::new(card, sizes)?) };
+        let memory = Self { addresses, stored, scales, fp8, persistent, segments, host, scratch };
         zero(card, memory.persistent.pointer, memory.persistent.bytes)?;
         memory.zero_arena(card)?;
         Ok(memory)
@@ -140,7 +183,11 @@ impl Memory {
     }
 
     pub fn allocated(&self) -> u64 {
-        self.persistent.bytes + self.scratch.bytes + self.segments.iter().map(|segment| segment.bytes).sum::<u64>()
+        let fp8 = self.fp8.as_ref().map_or(0, |fp8| fp8.memory.bytes);
+        self.persistent.bytes
+            + self.scratch.bytes
+            + fp8
+            + self.segments.iter().map(|segment| segment.bytes).sum::<u64>()
     }
 
     pub fn address(&self, id: BufferId) -> u64 {
@@ -150,6 +197,26 @@ impl Memory {
     /// Whether the buffer lies in page-locked memory of the host.
     pub fn on_host(&self, id: BufferId) -> bool {
         self.host.contains_key(&id)
+    }
+
+    /// Scratch of 8-bit products.
+    ///
+    /// # Errors
+    /// When the plan has no weights in 8-bit floats.
+    pub fn fp8(&self) -> Result<&Fp8Scratch, EngineError> {
+        self.fp8.as_ref().ok_or_else(|| failed("the plan has no scratch for 8-bit products"))
+    }
+
+    /// Weights in 8-bit floats that share a scale, with where it lies.
+    pub fn fp8_groups(&self) -> std::collections::BTreeMap<u64, Vec<BufferId>> {
+        let mut groups: std::collections::BTreeMap<u64, Vec<BufferId>> = Default::default();
+        self.scales.iter().for_each(|(&id, &scale)| groups.entry(scale).or_default().push(id));
+        groups
+    }
+
+    /// Where the scale of a weight in 8-bit floats lies.
+    pub fn scale(&self, id: BufferId) -> u64 {
+        self.scales.get(&id).copied().unwrap_or(0)
     }
 
     /// The type in which the buffer is held.
@@ -170,7 +237,8 @@ impl Memory {
     /// A whole buffer as `[first dimension, the others]`.
     pub fn matrix(&self, workload: &Workload, id: BufferId) -> Matrix {
         let buffer = workload.buffer(id);
-        Matrix::new(self.address(id), self.stored(id), buffer.rows(), buffer.columns())
+        let matrix = Matrix::new(self.address(id), self.stored(id), buffer.rows(), buffer.columns());
+        Matrix { scale: self.scale(id), ..matrix }
     }
 
     /// A block of columns of a buffer.

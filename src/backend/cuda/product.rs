@@ -23,16 +23,22 @@ pub(super) struct Matrix {
     pub columns: usize,
     /// Elements between rows.
     pub stride: usize,
+    /// Where the scale of 8-bit floats lies: one f32.
+    pub scale: u64,
 }
 
 impl Matrix {
     /// A contiguous matrix.
     pub fn new(pointer: u64, dtype: DType, rows: usize, columns: usize) -> Self {
-        Self { pointer, dtype, rows, columns, stride: columns }
+        Self { pointer, dtype, rows, columns, stride: columns, scale: 0 }
     }
 
-    fn element_bytes(&self) -> u64 {
-        if self.dtype == DType::F32 { 4 } else { 2 }
+    pub fn element_bytes(&self) -> u64 {
+        match self.dtype {
+            DType::F32 => 4,
+            DType::Fp8 => 1,
+            _ => 2,
+        }
     }
 
     /// Some of the rows.
@@ -96,8 +102,14 @@ impl Product {
         let (m, n, _) = self.sizes();
         let left_inner = if self.left_transposed { self.left.rows } else { self.left.columns };
         let right_inner = if self.right_transposed { self.right.columns } else { self.right.rows };
+        // 8-bit factors have their scales, and the summed dimension along their rows.
+        let fp8 = self.left.dtype == DType::Fp8
+            && self.left.scale != 0
+            && self.right.scale != 0
+            && !self.left_transposed
+            && self.right_transposed;
         let types = self.left.dtype == self.right.dtype
-            && matches!(self.left.dtype, DType::BF16 | DType::F32)
+            && (matches!(self.left.dtype, DType::BF16 | DType::F32) || fp8)
             && matches!(self.output.dtype, DType::BF16 | DType::F32);
         if left_inner == right_inner && (self.output.rows, self.output.columns) == (m, n) && types {
             return Ok(());
@@ -182,7 +194,11 @@ impl Drop for Products {
 }
 
 fn type_of(dtype: DType) -> sys::cudaDataType {
-    if dtype == DType::F32 { sys::cudaDataType_t::CUDA_R_32F } else { sys::cudaDataType_t::CUDA_R_16BF }
+    match dtype {
+        DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        DType::Fp8 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
+        _ => sys::cudaDataType_t::CUDA_R_16BF,
+    }
 }
 
 impl Products {
@@ -226,6 +242,16 @@ impl Products {
         set(A::CUBLASLT_MATMUL_DESC_POINTER_MODE, sys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE as i32)?;
         set(A::CUBLASLT_MATMUL_DESC_TRANSA, transposed(product.right_transposed))?;
         set(A::CUBLASLT_MATMUL_DESC_TRANSB, transposed(product.left_transposed))?;
+        for (attribute, scale) in [
+            (A::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, product.right.scale),
+            (A::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, product.left.scale),
+        ] {
+            if scale != 0 {
+                // SAFETY: the descriptor is alive and the attribute is a device pointer.
+                unsafe { result::set_matmul_desc_attribute(operation, attribute, (&raw const scale).cast(), 8) }
+                    .during("describing a product's scales")?;
+            }
+        }
         let (zero, one) = (self.constants.pointer, self.constants.pointer + 4);
         Ok(Prepared {
             operation,

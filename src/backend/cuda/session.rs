@@ -145,6 +145,9 @@ fn used_files(plan: &Plan, files: &[&'static str]) -> Vec<&'static str> {
     if plan.workload.buffers.iter().any(|buffer| buffer.dtype == DType::Nf4) {
         wanted.push("nf4");
     }
+    if plan.workload.buffers.iter().any(|buffer| buffer.dtype == DType::Fp8) {
+        wanted.push("fp8");
+    }
     files.iter().filter(|file| wanted.contains(file)).copied().collect()
 }
 

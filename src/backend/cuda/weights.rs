@@ -49,6 +49,14 @@ impl<'a> Loader<'a> {
 
     /// Loads every weight of the workload.
     pub fn load(&mut self, workload: &Workload, source: &dyn WeightSource) -> Result<(), EngineError> {
+        for (scale, group) in self.memory.fp8_groups() {
+            let mut largest = 0.0f32;
+            for id in group {
+                largest = largest.max(largest_magnitude(&source.tensor(&workload.buffer(id).name)?));
+            }
+            // The largest code is 448.
+            write(self.card, scale, &(largest / 448.0).to_le_bytes())?;
+        }
         for (id, buffer) in workload.of_kind(Kind::Weight) {
             let wrong = |what: String| EngineError::Weight { name: buffer.name.clone(), what };
             let tensor = source.tensor(&buffer.name)?;
@@ -107,6 +115,11 @@ impl<'a> Loader<'a> {
                     let arguments = arguments![arrival, kind, codes, to_scales, count as i64];
                     self.launch("nf4", "nf4_quantize", blocks, 256, arguments)?;
                 }
+                DType::Fp8 => {
+                    let arguments = arguments![arrival, kind, self.memory.scale(id), address + first, count as i64];
+                    let blocks = count.div_ceil(16 * 256).min(8192);
+                    self.launch("fp8", "fp8_from_checkpoint", blocks, 256, arguments)?;
+                }
                 other => return Err(unsupported(format!("{name} held as {}", other.name()))),
             }
         }
@@ -155,6 +168,27 @@ impl<'a> Loader<'a> {
         let function = self.kernels.function(&file.into(), entry)?;
         let grid = [blocks as u32, 1, 1];
         Launch { function, grid, threads, shared_bytes: 0, arguments, entry: entry.to_string() }.run(self.card)
+    }
+}
+
+/// Largest magnitude in a tensor; of bf16 and f16 by their bits, whose order is that of the magnitudes.
+fn largest_magnitude(tensor: &Tensor<'_>) -> f32 {
+    const PIECE: usize = 1 << 20;
+    let half = || {
+        let piece = |piece: &[u8]| {
+            let words = piece.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]) & 0x7fff);
+            words.fold(0, u16::max)
+        };
+        tensor.bytes.par_chunks(PIECE).map(piece).reduce(|| 0, u16::max)
+    };
+    match tensor.dtype {
+        DType::BF16 => half::bf16::from_bits(half()).to_f32(),
+        DType::F16 => half::f16::from_bits(half()).to_f32(),
+        _ => {
+            let word = |word: &[u8]| f32::from_le_bytes([word[0], word[1], word[2], word[3]]).abs();
+            let piece = |piece: &[u8]| piece.chunks_exact(4).map(word).fold(0.0, f32::max);
+            tensor.bytes.par_chunks(PIECE).map(piece).reduce(|| 0.0, f32::max)
+        }
     }
 }
 
@@ -225,6 +259,11 @@ pub(super) fn read_buffer(
         // passed everything that writes to it.
         bytes.copy_from_slice(unsafe { std::slice::from_raw_parts(address as *const u8, bytes.len()) });
         return Ok(());
+    }
+    if stored == DType::Fp8 {
+        let (codes, scale) = bytes.split_at_mut(buffer.elements());
+        read(card, address, codes)?;
+        return read(card, memory.scale(id), scale);
     }
     if stored == buffer.dtype && stored != DType::Nf4 {
         return read(card, address, bytes);

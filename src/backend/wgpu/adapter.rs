@@ -278,7 +278,7 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
             vec![256, 512, 1024, 2048, 4096, 8192]
         },
         rates,
-        fp8: None,
+        fp8_flops: None,
         library_workspace: 0,
         logits_bytes: largest.min(if software { 64 << 20 } else { 512 << 20 }),
     })

@@ -3,7 +3,7 @@
 //! Neighbouring projections whose weights lie end to end and whose outputs lie side by side run as one product.
 //! Quantized weights are unpacked into scratch, a part that fits at a time.
 
-use super::Lowering;
+use super::{Lowering, fp8};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::driver::unsupported;
@@ -13,8 +13,9 @@ use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Projection, P
 
 /// `Some` joined matrix when `second` follows `first` in memory row by row.
 fn stacked(first: Matrix, second: Matrix) -> Option<Matrix> {
-    let bytes = (first.rows * first.stride) as u64 * if first.dtype == DType::F32 { 4 } else { 2 };
+    let bytes = (first.rows * first.stride) as u64 * first.element_bytes();
     let fits = first.dtype == second.dtype
+        && first.scale == second.scale
         && first.columns == second.columns
         && first.stride == second.stride
         && first.stride == first.columns
@@ -24,7 +25,7 @@ fn stacked(first: Matrix, second: Matrix) -> Option<Matrix> {
 
 /// `Some` joined matrix when `second` lies right of `first` in the same rows.
 fn side_by_side(first: Matrix, second: Matrix) -> Option<Matrix> {
-    let bytes = first.columns as u64 * if first.dtype == DType::F32 { 4 } else { 2 };
+    let bytes = first.columns as u64 * first.element_bytes();
     let fits = first.dtype == second.dtype
         && first.rows == second.rows
         && first.stride == second.stride
@@ -39,7 +40,7 @@ type Pair = (Matrix, Matrix);
 type Unpacked = Vec<(BufferId, usize, usize)>;
 
 /// Joins neighbours of a list where both matrices touch.
-fn join(pairs: impl IntoIterator<Item = Pair>) -> Vec<Pair> {
+pub(super) fn join(pairs: impl IntoIterator<Item = Pair>) -> Vec<Pair> {
     let mut joined: Vec<Pair> = Vec::new();
     for (rows, columns) in pairs {
         if let Some(last) = joined.last_mut()
@@ -141,11 +142,18 @@ impl Lowering<'_> {
             return Ok(projections.iter().flat_map(part).map(|(_, _, product)| product).collect());
         }
         let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output)));
+        if self.all_fp8(&weights) {
+            return Ok(fp8::products(self.fp8_forward(x, pairs.collect(), false)?).collect());
+        }
         Ok(join(pairs).into_iter().map(|(weight, output)| forward_product(x, weight, output, false)).collect())
     }
 
     /// `columns (+)= x · rowsᵀ` for each pair, neighbours joined.
     fn forward_products(&mut self, x: Matrix, pairs: Vec<Pair>, accumulate: bool) -> Result<(), EngineError> {
+        if pairs.iter().any(|(weight, _)| weight.dtype == DType::Fp8) {
+            let parts = self.fp8_forward(x, pairs, accumulate)?;
+            return self.run_fp8(parts);
+        }
         for (weight, output) in join(pairs) {
             self.product(forward_product(x, weight, output, accumulate))?;
         }
@@ -257,6 +265,12 @@ impl Lowering<'_> {
         projections: &[ProjectionBackward],
         accumulate: bool,
     ) -> Result<(), EngineError> {
+        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
+        if self.all_fp8(&weights) {
+            let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.grad_output))).collect();
+            let parts = self.fp8_grad_input(grad_input, pairs, accumulate)?;
+            return self.run_fp8(parts);
+        }
         let scratch = self.memory.scratch.pointer;
         for (unpacked, product) in self.grad_input_parts(grad_input, projections, accumulate)? {
             let mut to = scratch;
@@ -291,6 +305,10 @@ impl Lowering<'_> {
         };
         if !self.all_quantized(&weights)? {
             let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.grad_output)));
+            if self.all_fp8(&weights) {
+                let parts = self.fp8_grad_input(grad_input, pairs.collect(), accumulate)?;
+                return Ok(fp8::products(parts).map(|product| (Vec::new(), product)).collect());
+            }
             let parts = join(pairs).into_iter().enumerate();
             return Ok(parts.map(|(index, (w, grad))| (Vec::new(), product(grad, w, grad_input, index))).collect());
         }
@@ -466,8 +484,15 @@ impl Lowering<'_> {
         Ok(())
     }
 
-    /// Whether the weights are quantized: all of them or none.
+    fn all_fp8(&self, weights: &[BufferId]) -> bool {
+        weights.iter().all(|&id| self.memory.stored(id) == DType::Fp8)
+    }
+
+    /// Whether the weights are in 4 bits: all of them or none.
     fn all_quantized(&self, weights: &[BufferId]) -> Result<bool, EngineError> {
+        if self.all_fp8(weights) {
+            return Ok(false);
+        }
         let mut quantized = 0;
         for &id in weights {
             match self.memory.stored(id) {
@@ -475,7 +500,10 @@ impl Lowering<'_> {
                 DType::Nf4 => quantized += 1,
                 other => {
                     let name = &self.workload.buffer(id).name;
-                    return Err(unsupported(format!("{name} held in {}; products take bf16 and nf4", other.name())));
+                    return Err(unsupported(format!(
+                        "{name} held in {}; products take bf16, nf4 and fp8, one of them an operation",
+                        other.name()
+                    )));
                 }
             }
         }
@@ -565,7 +593,7 @@ impl Lowering<'_> {
 }
 
 /// `output (+)= x · weightᵀ`.
-fn forward_product(x: Matrix, weight: Matrix, output: Matrix, accumulate: bool) -> Product {
+pub(super) fn forward_product(x: Matrix, weight: Matrix, output: Matrix, accumulate: bool) -> Product {
     Product {
         left: x,
         left_transposed: false,
@@ -583,7 +611,7 @@ fn row_chunks(matrix: Matrix) -> Vec<(usize, usize)> {
 }
 
 /// Cuts `total` into as few blocks of at most `most` as go, evenly, at multiples of `unit` where they fit.
-fn blocks(total: usize, most: usize, unit: usize) -> Vec<(usize, usize)> {
+pub(super) fn blocks(total: usize, most: usize, unit: usize) -> Vec<(usize, usize)> {
     if total <= most {
         return vec![(0, total)];
     }

@@ -5,6 +5,7 @@
 
 mod attention;
 mod elementwise;
+mod fp8;
 mod head;
 mod linear;
 mod optimizer;
