@@ -6,6 +6,8 @@
 # Ours is .gpu/step, made by `bash tests/gpu.sh build`. The rival is Unsloth through bench/peers/; its packages are in the
 # Python at hand or in the folder PEERS (made by bench/peers/make_site.sh), else it is left out with a line.
 # PROFILE=1 prints where our time goes.
+# `bash bench/gpu.sh curve` trains the embedded model for 100 updates in bf16 and in fp8, and prints both loss curves.
+# `bash bench/gpu.sh longest` runs a step of the longest row that the plan fits into a 24 GB card: Llama 8B, QLoRA of rank 32.
 set -u
 cd "$(dirname "$0")/.."
 STEPS=${STEPS:-10}
@@ -13,6 +15,34 @@ if [ $# -eq 0 ]; then
     set -- 135m:lora:8:512:none 135m:lora:8:512:0.58 135m:full:8:512:free 1b:lora:4:2048:none 1b:lora:4:2048:3.55 \
         1b:full:4:2048:free 8b:lora:2:2048:none 8b:lora:2:2048:16.45 8b:qlora:2:2048:6.75 8b:qlora:8:2048:9.85 \
         8b:qlora:1:32768:13.9 8b:qlora:8:rows:6.05 135m:lora:8:rows:free
+fi
+if [ "${1:-}" = curve ]; then
+    work=$(mktemp -d)
+    export TUNE_HOME="$work/home" XDG_RUNTIME_DIR="$work/run"
+    mkdir -p "$XDG_RUNTIME_DIR" && chmod 700 "$XDG_RUNTIME_DIR"
+    for precision in bf16 fp8; do
+        .gpu/tune train --model demo --data demo --set engine.device=cuda --set engine.precision=$precision \
+            --set train.steps=100 --set train.eval_every=50 --json >"$work/$precision" || exit 1
+    done
+    exec python3 - "$work/bf16" "$work/fp8" <<'PYTHON'
+import json, sys
+def curve(path):
+    events = [json.loads(line) for line in open(path)]
+    steps = {e["step"]: e["loss"] for e in events if e["event"] == "step"}
+    return [steps[step] for step in sorted(steps)], [e["loss"] for e in events if e["event"] == "eval"]
+(plain, held), (fp8, held_fp8) = curve(sys.argv[1]), curve(sys.argv[2])
+print(f"{'updates':>9} {'bf16':>8} {'fp8':>8} {'difference':>11}")
+for first in range(0, len(plain), 10):
+    a, b = (sum(c[first:first + 10]) / len(c[first:first + 10]) for c in (plain, fp8))
+    print(f"{first + 1:4}-{min(first + 10, len(plain)):<4} {a:8.4f} {b:8.4f} {b / a - 1:+11.2%}")
+apart = [abs(b / a - 1) for a, b in zip(plain, fp8)]
+print(f"updates apart by {sum(apart) / len(apart):.2%} on average, {max(apart):.2%} at most; {len(plain)} of them")
+print("held-out loss:", ", ".join(f"{a:.4f} and {b:.4f}" for a, b in zip(held, held_fp8)))
+PYTHON
+fi
+if [ "${1:-}" = longest ]; then
+    # What a 24 GB card has beside the driver's context.
+    STEPS=1 RIVAL=no exec bash "$0" 8b:qlora@32:1:78475:22.9
 fi
 [ -n "${PEERS:-}" ] && export PYTHONPATH="$PEERS${PYTHONPATH:+:$PYTHONPATH}"
 rival=${RIVAL:-yes}
@@ -27,7 +57,8 @@ for row in "$@"; do
     if [ "$rival" != only ]; then
         timeout 150 .gpu/step "$model" "$method" "$batch" "$sequence" "$STEPS" "$memory" ${PROFILE:+profile} 2>&1 | tee -a "$results"
     fi
-    [ "$rival" = no ] && continue
+    # The rival has no such mode.
+    [ "$rival" = no ] || [ "$method" = fp8 ] && continue
     # Its scripts time what is there on the first call of a model: make it first.
     timeout 300 python3 bench/peers/peers.py unsloth "$model" init 1 1 1 >/dev/null 2>&1
     if [ "$sequence" = rows ]; then

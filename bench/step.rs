@@ -3,8 +3,8 @@
 //! `none`, `cheap` and `all` say what is recomputed; `free` lets the planner search, and a number gives it that many GiB.
 //! SEQUENCE `rows` takes rows of the lengths in bench/alpaca_lengths.json, BATCH of them an update, prompts masked.
 //!
-//! MODEL: 135m, 1b or 8b (Llama shapes, random weights: speed and memory do not depend on them); METHOD: lora, qlora or
-//! full. Rank 16 on all linear layers, AdamW with 8-bit states, packed rows of full length, as the rivals are measured.
+//! MODEL: 135m, 1b or 8b (Llama shapes, random weights: speed and memory do not depend on them); METHOD: lora, qlora, fp8
+//! (lora on weights in 8-bit floats) or full; `qlora@32` for another rank than 16. All linear layers, AdamW with 8-bit states, packed rows of full length, as the rivals are measured.
 //! Prints one line of JSON; with `profile`, milliseconds and floor by kind of operation before it.
 
 use std::collections::BTreeMap;
@@ -104,12 +104,14 @@ fn main() -> anyhow::Result<()> {
     let profile = rest.iter().any(|word| word == "profile");
     let config = config(model)?;
     let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
-    let adapter = AdapterOptions { rank: 16, targets, dropout: 0.0 };
-    let training = match method.as_str() {
+    let (kind, rank) = method.split_once('@').unwrap_or((method, "16"));
+    let adapter = AdapterOptions { rank: rank.parse()?, targets, dropout: 0.0 };
+    let training = match kind {
         "lora" => Method::Lora { adapter, weights: None },
         "qlora" => Method::Lora { adapter, weights: Some(DType::Nf4) },
+        "fp8" => Method::Lora { adapter, weights: Some(DType::Fp8) },
         "full" => Method::Full,
-        _ => bail!("METHOD is lora, qlora or full"),
+        _ => bail!("METHOD is lora, qlora, fp8 or full"),
     };
     let rows = sequence == "rows";
     let sequence: usize = if rows { 0 } else { sequence.parse()? };
@@ -202,7 +204,9 @@ fn main() -> anyhow::Result<()> {
     let loss_sum = find(&session, "loss_sum")?;
     let (mut times, mut losses) = (Vec::new(), Vec::new());
     let mut first_step = 0.0;
-    for step in 0..steps + 3 {
+    // A very long step is not run more often than it is timed.
+    let warm = if steps < 3 { 1 } else { 3 };
+    for step in 0..steps + warm {
         let count = step as i32 + 1;
         let hyper = [2e-4f32, 1.0 - 0.9f32.powi(count), (1.0 - 0.999f32.powi(count)).sqrt(), 0.0];
         let start = Instant::now();
@@ -213,9 +217,10 @@ fn main() -> anyhow::Result<()> {
         }
         let mut loss = [0u8; 4];
         session.read(loss_sum, &mut loss)?;
-        if step >= 3 {
+        if step >= warm {
             times.push(start.elapsed().as_secs_f64());
-        } else if step == 0 {
+        }
+        if step == 0 {
             first_step = begun.elapsed().as_secs_f64();
         }
         losses.push(f32::from_le_bytes(loss));
