@@ -19,7 +19,7 @@ use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOption
 use tune::program::plan::{estimate_op, plan};
 use tune::program::{DType, Kind, Op, Plan, Role, Target, WorkloadBuilder, random};
 use tune::train::Stepper;
-use tune::train::planning::{RecomputeChoice, Search};
+use tune::train::planning::{RecomputeChoice, Search, update_tokens};
 
 fn config(model: &str) -> anyhow::Result<ModelConfig> {
     let (hidden, intermediate, layers, heads, kv_heads, vocabulary, tied) = match model {
@@ -300,9 +300,9 @@ fn time_rows(
         .collect();
     options.evaluate = false;
     let longest = rows.iter().map(|row| row.input_ids.len()).max().unwrap_or(1);
-    let total: usize = rows.iter().map(|row| row.input_ids.len()).sum();
+    let all: Vec<usize> = rows.iter().map(|row| row.input_ids.len()).collect();
     let begun = Instant::now();
-    let plan = search(config, options, target, longest, total / rows.len() * case.batch)?;
+    let plan = search(config, options, target, longest, update_tokens(&all, case.batch))?;
     let planned = plan.summary.peak_bytes;
     let programs = &plan.summary.programs;
     let micro = programs.iter().filter(|program| program.role == Role::Micro);
@@ -356,7 +356,7 @@ fn time_rows(
 
 /// Milliseconds, floor and share by kind of operation.
 fn print_profile(session: &mut cuda::CudaSession, programs: &[usize], target: &Target) -> anyhow::Result<()> {
-    let mut table: BTreeMap<String, (usize, f64, f64, u64)> = BTreeMap::new();
+    let mut table: BTreeMap<String, (usize, f64, f64, u64, u64)> = BTreeMap::new();
     let mut total = 0.0;
     for &program in programs {
         let times = session.profile(program, 3)?;
@@ -369,16 +369,18 @@ fn print_profile(session: &mut cuda::CudaSession, programs: &[usize], target: &T
             entry.1 += f64::from(milliseconds);
             entry.2 += (estimate_op(workload, &step.op, target) - target.rates.per_op) * 1e3;
             entry.3 += step.op.flops(workload);
+            entry.4 += step.op.bytes_moved(workload);
             total += f64::from(milliseconds);
         }
     }
     let mut rows: Vec<_> = table.into_iter().collect();
     rows.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
-    for (name, (count, milliseconds, floor, flops)) in rows {
+    for (name, (count, milliseconds, floor, flops, bytes)) in rows {
         println!(
-            "{name:<64} {count:4} x {milliseconds:9.3} ms  floor {floor:9.3}  {:5.1}%  {:6.0} TFLOP/s",
+            "{name:<64} {count:4} x {milliseconds:9.3} ms  floor {floor:9.3}  {:5.1}%  {:6.0} TFLOP/s {:6.0} GB/s",
             milliseconds / total * 100.0,
-            flops as f64 / milliseconds * 1e-9
+            flops as f64 / milliseconds * 1e-9,
+            bytes as f64 / milliseconds * 1e-6
         );
     }
     println!("{total:.3} ms in all, one launch after the other");

@@ -11,7 +11,7 @@ use tiny::{TOKENS, lora, session, step};
 use tune::backend::cpu::{CpuSession, Dead, Layout, Options};
 use tune::backend::{Session, read_values};
 use tune::model::{Method, Recompute};
-use tune::program::Kind;
+use tune::program::{Access, Kind, Op};
 
 /// Counts allocations that no message or list would make.
 struct Counting;
@@ -57,7 +57,7 @@ fn results(session: &mut CpuSession, steps: usize) -> Vec<(String, Vec<u32>)> {
 
 fn for_each_workload(check: impl Fn(&Method, Recompute)) {
     for method in [lora(), Method::Full] {
-        for recompute in [Recompute::None, Recompute::Cheap, Recompute::All] {
+        for recompute in [Recompute::None, Recompute::Cheap, Recompute::All, Recompute::Offload] {
             check(&method, recompute);
         }
     }
@@ -101,4 +101,37 @@ fn nothing_large_is_allocated_after_the_first_step() {
         step(&mut session);
     }
     assert_eq!(LARGE_ALLOCATIONS.load(Ordering::Relaxed), before);
+}
+
+/// A copy between device and host may run beside what follows, up to a wait that names both its ends: until then nothing
+/// writes its source, and nothing touches its result.
+#[test]
+fn copies_to_the_host_and_back_are_waited_for() {
+    let _alone = ALONE.lock();
+    for method in [lora(), Method::Full] {
+        let session = session(&method, Recompute::Offload, Options::default());
+        let workload = &session.plan().workload;
+        let mut copies = 0;
+        for program in &workload.programs {
+            for (start, step) in program.steps.iter().enumerate() {
+                let Op::Cast { pairs } = &step.op else { continue };
+                for &(from, to) in pairs {
+                    if ![from, to].iter().any(|&id| workload.buffer(id).kind == Kind::Offload) {
+                        continue;
+                    }
+                    copies += 1;
+                    let later = &program.steps[start + 1..];
+                    let waits = |op: &Op| matches!(op, Op::Wait { buffers } if buffers.contains(&from) && buffers.contains(&to));
+                    let wait = later.iter().position(|step| waits(&step.op)).expect("a wait");
+                    for step in &later[..wait] {
+                        let touched = step.op.accesses();
+                        let safe =
+                            touched.iter().all(|&(id, access)| id != to && (id != from || access == Access::Read));
+                        assert!(safe, "{} touches a copy on its way", step.name);
+                    }
+                }
+            }
+        }
+        assert!(copies > 0, "nothing is copied");
+    }
 }

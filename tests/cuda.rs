@@ -3,13 +3,15 @@
 //! Without a card each test says in one line that it was left out; with `TUNE_GPU` set (as `tests/gpu.sh` does) that
 //! is a failure.
 
+mod cuda_golden;
+mod support;
 mod twin;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use half::bf16;
-use tune::backend::{EngineError, Session, Tensor, WeightSource, cpu, cuda, read_values};
+use tune::backend::{Device, EngineError, Session, Tensor, WeightSource, cpu, cuda, read_values};
 use tune::model::{
     AdapterOptions, Method, ModelConfig, RandomWeights, Recompute, TrainingOptions, names, training_workload,
 };
@@ -357,7 +359,45 @@ fn train(
 }
 
 /// Trains an open session; gives it back with losses and gradient norms.
-fn updates(mut session: Box<dyn Session>, rate: f32, updates: usize) -> (Box<dyn Session>, Vec<f64>, Vec<f64>) {
+fn updates(session: Box<dyn Session>, rate: f32, updates: usize) -> (Box<dyn Session>, Vec<f64>, Vec<f64>) {
+    updates_rounding(session, rate, updates, Seed(None))
+}
+
+/// The seed with which f32 weights are rounded to bf16 values after each update; none: not at all.
+#[derive(Clone, Copy)]
+struct Seed(Option<u32>);
+
+/// Rounds every weight of an f32 session to bf16: to the nearest, or with a key as AdamW does where weights are held in
+/// bf16: 16 random bits are added below the kept ones and the sum is truncated.
+fn round_weights(session: &mut dyn Session, key: Option<[u32; 4]>) {
+    let weights: Vec<(BufferId, String)> =
+        session.plan().workload.of_kind(Kind::Weight).map(|(id, buffer)| (id, buffer.name.clone())).collect();
+    for (id, name) in weights {
+        let mut values = read_values::<f32>(session, id).expect("read");
+        let stream = random::stream(&name);
+        for (at, value) in values.iter_mut().enumerate() {
+            *value = match key {
+                None => bf16::from_f32(*value).to_f32(),
+                Some(key) => {
+                    let random = random::bits(key, stream, (at as u64 >> 32) as u32, at as u32) & 0xffff;
+                    f32::from_bits((value.to_bits() + random) & 0xffff_0000)
+                }
+            };
+        }
+        session.write(id, bytemuck::cast_slice(&values)).expect("write");
+    }
+}
+
+/// As [`updates`], on an f32 session whose weights are rounded.
+fn updates_rounding(
+    mut session: Box<dyn Session>,
+    rate: f32,
+    updates: usize,
+    seed: Seed,
+) -> (Box<dyn Session>, Vec<f64>, Vec<f64>) {
+    if seed.0.is_some() {
+        round_weights(session.as_mut(), None);
+    }
     let find = |session: &dyn Session, name: &str| session.plan().workload.find(name).expect("a buffer");
     let program = |session: &dyn Session, name: &str| session.plan().workload.program(name);
     // LoRA matrices away from zero, so that every gradient is there from the start.
@@ -420,6 +460,9 @@ fn updates(mut session: Box<dyn Session>, rate: f32, updates: usize) -> (Box<dyn
             let program = program(session.as_ref(), &name).expect("a program");
             session.run(program).expect("run");
         }
+        if let Some(seed) = seed.0 {
+            round_weights(session.as_mut(), Some([seed, 0, update as u32, 0]));
+        }
         let loss = find(session.as_ref(), "loss_sum");
         losses.push(f64::from(read_values::<f32>(session.as_mut(), loss).expect("read")[0]));
         let norm = find(session.as_ref(), "grad_norm");
@@ -437,38 +480,97 @@ fn open_cpu(plan: Plan, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Sessio
     Ok(Box::new(cpu::open(plan, weights)?))
 }
 
+/// What two runs differ by: losses, gradient norms, the fall of the loss.
+struct Apart {
+    loss: f64,
+    norm: f64,
+    fall: f64,
+}
+
+impl Apart {
+    fn new(found: &(Vec<f64>, Vec<f64>), expected: &(Vec<f64>, Vec<f64>)) -> Self {
+        let worst = |a: &[f64], b: &[f64]| {
+            let apart = a.iter().zip(b).map(|(a, b)| if a.is_nan() { f64::INFINITY } else { (a - b).abs() / b });
+            apart.fold(0.0, f64::max)
+        };
+        let fall = |losses: &[f64]| losses[0] + losses[1] - losses[18] - losses[19];
+        Self {
+            loss: worst(&found.0, &expected.0),
+            norm: worst(&found.1, &expected.1),
+            fall: (fall(&found.0) / fall(&expected.0) - 1.0).abs(),
+        }
+    }
+
+    fn fits(&self) -> bool {
+        self.loss <= 0.01 && self.norm <= 0.05 && self.fall <= 0.05
+    }
+}
+
+impl std::fmt::Display for Apart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "losses within {:.1e}, norms within {:.1e}, the fall within {:.1e}", self.loss, self.norm, self.fall)
+    }
+}
+
 /// Each loss within 1%, the fall within 5% and the gradient norms within 5% of the f32 engine's.
+///
+/// Full fine-tuning runs at its default rate. Weights rounded stochastically to bf16 walk at random by up to half a step
+/// of their grid an update whatever computes them: at a rate of 1e-4, where twenty updates learn these two batches by
+/// heart, that alone moves losses by 3% and norms by 9% (four seeds in f32 arithmetic), at 2e-5 by 0.2% and 2%.
 #[test]
 fn training_follows_the_cpu_engine() {
     let Some(target) = card() else { return };
     let reference_target = cpu::target().expect("a target");
     let mut failures = Vec::new();
-    // A rate at which twenty updates learn much of two batches and not all: errors are relative to the loss.
+    // Rates at which twenty updates learn much of two batches and not all: errors are relative to the loss.
     for (name, method, recompute, rate) in [
         ("lora", lora(None, 0.0), Recompute::None, 1e-3),
         ("lora, all recomputed", lora(None, 0.0), Recompute::All, 1e-3),
         ("lora, inputs on the host", lora(None, 0.0), Recompute::Offload, 1e-3),
         ("lora with dropout", lora(None, 0.1), Recompute::Cheap, 1e-3),
-        ("full", Method::Full, Recompute::None, 1e-4),
+        ("full", Method::Full, Recompute::None, 2e-5),
     ] {
-        let (expected, expected_norms) = train(&reference_target, &open_cpu, &method, recompute, rate, 20);
-        let (found, norms) = train(&target, &open, &method, recompute, rate, 20);
-        println!("{name}: losses on the CPU {expected:.4?}\n{name}: losses on the card {found:.4?}");
-        println!("{name}: norms on the CPU {expected_norms:.4?}\n{name}: norms on the card {norms:.4?}");
-        let worst = |a: &[f64], b: &[f64]| {
-            let apart = a.iter().zip(b).map(|(a, b)| if a.is_nan() { f64::INFINITY } else { (a - b).abs() / b });
-            apart.fold(0.0, f64::max)
-        };
-        let (loss, norm) = (worst(&found, &expected), worst(&norms, &expected_norms));
-        let fall = |losses: &[f64]| losses[0] + losses[1] - losses[18] - losses[19];
-        let fall = (fall(&found) / fall(&expected) - 1.0).abs();
-        println!("{name}: losses within {loss:.1e}, norms within {norm:.1e}, fall within {fall:.1e}");
-        let fits = loss <= 0.01 && norm <= 0.05 && fall <= 0.05;
-        if !fits {
-            failures.push(format!("{name}: losses off by {loss:.3}, norms by {norm:.3}, the fall by {fall:.3}"));
+        let expected = train(&reference_target, &open_cpu, &method, recompute, rate, 20);
+        let found = train(&target, &open, &method, recompute, rate, 20);
+        println!("{name}: losses on the CPU {:.4?}\n{name}: losses on the card {:.4?}", expected.0, found.0);
+        println!("{name}: norms on the CPU {:.4?}\n{name}: norms on the card {:.4?}", expected.1, found.1);
+        let apart = Apart::new(&found, &expected);
+        println!("{name}: {apart}");
+        if !apart.fits() {
+            failures.push(format!("{name}: {apart}"));
+        }
+        if method == Method::Full {
+            // With the f32 engine's weights rounded by the same random numbers.
+            let config = ModelConfig::parse(CONFIG).expect("a configuration");
+            let options = options(&config, &method, recompute, false);
+            let workload = training_workload(&config, &options, &reference_target).expect("a workload");
+            let plan = plan(workload, reference_target.clone()).expect("a plan");
+            let session = open_cpu(plan, Arc::new(RandomWeights::new(&config, 7))).expect("a session");
+            let (_, losses, norms) = updates_rounding(session, rate, 20, Seed(Some(3407)));
+            let apart = Apart::new(&found, &(losses, norms));
+            println!("{name}, beside rounded weights: {apart}");
+            if !apart.fits() {
+                failures.push(format!("{name}, beside rounded weights: {apart}"));
+            }
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn tiny_models_take_the_golden_steps() {
+    let Some(target) = card() else { return };
+    cuda_golden::tiny_models_take_their_steps(&target, &Device::Cuda(0));
+}
+
+#[test]
+fn smollm2_takes_the_golden_steps() {
+    let Some(target) = card() else { return };
+    let found = cuda_golden::smollm2_takes_its_steps(&target, &Device::Cuda(0));
+    assert!(
+        found || std::env::var_os("TUNE_SMOLLM2").is_none(),
+        "TUNE_SMOLLM2 is set and the golden runs are not there"
+    );
 }
 
 /// The same run twice gives the same bits, the first through launches and then through graphs.

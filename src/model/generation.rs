@@ -1,7 +1,7 @@
 //! The generation workload: `prefill.T` and `decode` over key-value caches.
 
 use super::build::{AdapterOptions, Graph, Trained};
-use super::layer::{Keys, Stream};
+use super::layer::{Keys, Pass, Stream};
 use super::training::embedding;
 use super::{ModelConfig, ModelError, names};
 use crate::program::{Columns, DType, Kind, Op, Projection, Role, Target, Workload};
@@ -54,7 +54,7 @@ fn generation_program(graph: &mut Graph, name: &str, role: Role, tokens: usize, 
     graph.builder.begin(name, role, tokens);
     let mut stream = Stream { residual: embedding(graph, ids), delta: None };
     for layer in 0..config.layers {
-        stream = graph.layer(layer, stream, Keys::Cache { positions, start, capacity }, false, true).0;
+        stream = graph.layer(layer, stream, Keys::Cache { positions, start, capacity }, Pass::Inference).0;
     }
     let norm = graph.norm("final_norm", names::FINAL_NORM, stream);
     let row = graph.activation("head.input", 1, config.hidden_size);

@@ -28,6 +28,17 @@ pub(super) struct Norm {
     pub inverse_rms: BufferId,
 }
 
+/// Which pass through a layer is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pass {
+    /// Nothing is kept.
+    Inference,
+    /// The first pass of training.
+    Training(Recompute),
+    /// Once more before the backward pass, up to what that reads: not the down projection.
+    Again,
+}
+
 /// What the backward pass of a layer reads.
 pub(super) struct Saved {
     norm1: Norm,
@@ -39,8 +50,11 @@ pub(super) struct Saved {
     gate_up: LinearGroup,
     glu: BufferId,
     down: Option<LinearGroup>,
+    recompute: Recompute,
     /// The layer's input in the host's memory.
     offloaded: Option<BufferId>,
+    /// Where it is on its way back to.
+    returning: Option<BufferId>,
 }
 
 /// How attention reaches its keys and values.
@@ -138,12 +152,16 @@ impl Graph<'_> {
         self.builder.push(name, op);
     }
 
-    /// The layer's forward pass. `last`: whether the down projection is needed (a recomputation stops before).
-    pub fn layer(&mut self, layer: usize, stream: Stream, keys: Keys, training: bool, last: bool) -> (Stream, Saved) {
+    /// The layer's forward pass.
+    pub fn layer(&mut self, layer: usize, stream: Stream, keys: Keys, pass: Pass) -> (Stream, Saved) {
+        let training = pass != Pass::Inference;
+        let recompute = if let Pass::Training(recompute) = pass { recompute } else { Recompute::None };
         let name = format!("layers.{layer}");
         let modules = LayerModules::new(self.config, layer);
         let shape = self.attention_shape(layer);
         let norm1 = self.norm(&format!("{name}.norm1"), &names::input_norm(layer), stream);
+        // On its way to the host while attention runs, through which the input lives anyway.
+        let offloaded = (recompute == Recompute::Offload).then(|| self.offload(layer, norm1.sum));
         let qkv = self.linear(&format!("{name}.attn.qkv"), norm1.output, modules.qkv, training);
         self.rope(&format!("{name}.attn.rope"), qkv.output, keys.positions(), Direction::Forward);
         let tokens = self.rows(norm1.output);
@@ -172,23 +190,44 @@ impl Graph<'_> {
         let output = self.linear(&format!("{name}.attn.out"), attention, modules.output, training);
         let middle = Stream { residual: norm1.sum, delta: Some(output.output) };
         let norm2 = self.norm(&format!("{name}.norm2"), &names::post_attention_norm(layer), middle);
+        if let Some(offloaded) = offloaded {
+            self.wait(&format!("{name}.offload.wait"), norm1.sum, offloaded);
+        }
         let gate_up = self.linear(&format!("{name}.mlp.gate_up"), norm2.output, modules.gate_up, training);
         let glu = self.glu(&format!("{name}.mlp.glu"), gate_up.output);
-        let down = last.then(|| self.linear(&format!("{name}.mlp.down"), glu, modules.down, training));
+        let down = (pass != Pass::Again).then(|| self.linear(&format!("{name}.mlp.down"), glu, modules.down, training));
         let stream = Stream { residual: norm2.sum, delta: down.as_ref().map(|down| down.output) };
-        let offloaded = None;
-        (stream, Saved { norm1, qkv, attention, log_sum_exp, output, norm2, gate_up, glu, down, offloaded })
+        let kept = Saved {
+            norm1,
+            qkv,
+            attention,
+            log_sum_exp,
+            output,
+            norm2,
+            gate_up,
+            glu,
+            down,
+            recompute,
+            offloaded,
+            returning: None,
+        };
+        (stream, kept)
     }
 
-    /// Sends the input of a layer to the host's memory.
-    pub fn offload(&mut self, layer: usize, saved: &mut Saved) {
-        let (tokens, hidden) = (self.rows(saved.norm1.sum), self.config.hidden_size);
+    /// Starts sending the input of a layer to the host's memory.
+    fn offload(&mut self, layer: usize, input: BufferId) -> BufferId {
+        let (tokens, hidden) = (self.rows(input), self.config.hidden_size);
         let name = format!("micro.{tokens}:layers.{layer}.input");
         let offloaded = self.builder.persistent(&name, &[tokens, hidden], self.compute, Kind::Offload);
-        self.builder.push(&format!("layers.{layer}.offload"), Op::Cast { pairs: vec![(saved.norm1.sum, offloaded)] });
-        saved.offloaded = Some(offloaded);
+        self.builder.push(&format!("layers.{layer}.offload"), Op::Cast { pairs: vec![(input, offloaded)] });
+        offloaded
     }
 
+    fn wait(&mut self, name: &str, device: BufferId, host: BufferId) {
+        self.builder.push(name, Op::Wait { buffers: vec![device, host] });
+    }
+
+    /// Starts bringing it back.
     fn bring_back(&mut self, layer: usize, offloaded: BufferId) -> BufferId {
         let (tokens, hidden) = (self.rows(offloaded), self.config.hidden_size);
         let input = self.activation(&format!("layers.{layer}.input.again"), tokens, hidden);
@@ -204,19 +243,20 @@ impl Graph<'_> {
     }
 
     /// The layer's backward pass: from the gradient of its stream (the same for residual and delta) to that of the
-    /// stream it was given, or none when `need_input` is false.
+    /// stream it was given, or none when `need_input` is false. `before`: the layer before, whose input starts on its way
+    /// back from the host.
     pub fn layer_backward(
         &mut self,
         layer: usize,
         mut saved: Saved,
         gradient: BufferId,
         inputs: Inputs,
-        recompute: Recompute,
+        before: Option<&mut Saved>,
         need_input: bool,
     ) -> Option<BufferId> {
         let name = format!("layers.{layer}");
         let down = saved.down.take().expect("the forward pass went to the end");
-        match recompute {
+        match saved.recompute {
             Recompute::None => {}
             Recompute::Cheap => {
                 let again = |sum| Stream { residual: sum, delta: None };
@@ -228,11 +268,15 @@ impl Graph<'_> {
             }
             Recompute::All | Recompute::Offload => {
                 let residual = match saved.offloaded {
-                    Some(offloaded) => self.bring_back(layer, offloaded),
+                    Some(offloaded) => {
+                        let input = saved.returning.unwrap_or_else(|| self.bring_back(layer, offloaded));
+                        self.wait(&format!("{name}.bring_back.wait"), input, offloaded);
+                        input
+                    }
                     None => saved.norm1.sum,
                 };
                 let stream = Stream { residual, delta: None };
-                saved = self.layer(layer, stream, Keys::Documents(inputs), true, false).1;
+                saved = self.layer(layer, stream, Keys::Documents(inputs), Pass::Again).1;
             }
         }
         let shape = self.attention_shape(layer);
@@ -251,6 +295,12 @@ impl Graph<'_> {
             self.linear_backward(&saved.gate_up, saved.norm2.output, grad_gate_up, true).expect("asked for");
         let weight = names::post_attention_norm(layer);
         let grad_x2 = self.norm_backward(&format!("{name}.norm2"), &weight, saved.norm2, grad_norm2, Some(gradient));
+        // The wide buffers of the gated product are gone, attention takes a while.
+        if let Some(before) = before
+            && let Some(offloaded) = before.offloaded
+        {
+            before.returning = Some(self.bring_back(layer - 1, offloaded));
+        }
         let grad_attention = self.linear_backward(&saved.output, saved.attention, grad_x2, true).expect("asked for");
         let grad_qkv = self.activation(&format!("{name}.attn.grad_qkv"), tokens, shape.columns());
         let delta = self.workspace(&format!("{name}.attn.delta"), &[tokens, shape.heads], DType::F32);

@@ -2,7 +2,7 @@
 
 use super::build::{AdapterOptions, Graph, Inputs, Trained};
 use super::generation::{GenerationOptions, generation_programs};
-use super::layer::{Keys, Saved, Stream};
+use super::layer::{Keys, Pass, Saved, Stream};
 use super::names;
 use super::{ModelConfig, ModelError};
 use crate::program::{AdamWPart, BufferId, DType, Kind, Op, Role, Target, Workload, random};
@@ -121,14 +121,11 @@ fn check_fp8(config: &ModelConfig, target: &Target) -> Result<(), ModelError> {
 
 /// `recompute` has an entry a layer in training, and none otherwise.
 fn forward(graph: &mut Graph, inputs: Inputs, recompute: &[Recompute]) -> (Stream, Vec<Saved>) {
-    let training = !recompute.is_empty();
     let mut stream = Stream { residual: embedding(graph, inputs.ids), delta: None };
     let mut saved = Vec::new();
     for layer in 0..graph.config.layers {
-        let (next, mut kept) = graph.layer(layer, stream, Keys::Documents(inputs), training, true);
-        if recompute.get(layer) == Some(&Recompute::Offload) {
-            graph.offload(layer, &mut kept);
-        }
+        let pass = recompute.get(layer).map_or(Pass::Inference, |&recompute| Pass::Training(recompute));
+        let (next, kept) = graph.layer(layer, stream, Keys::Documents(inputs), pass);
         stream = next;
         saved.push(kept);
     }
@@ -144,13 +141,23 @@ pub(super) fn embedding(graph: &mut Graph, ids: BufferId) -> BufferId {
     output
 }
 
+/// Rows of a product's tile: what is over a multiple of it costs as much as a whole tile.
+const TILE: usize = 128;
+
+/// Tokens of a chunk of the head: as few chunks as `most` allows, alike, of whole tiles.
+fn head_chunk(most: usize, tokens: usize) -> usize {
+    let most = if most >= TILE { most / TILE * TILE } else { most.max(1) };
+    let chunks = tokens.div_ceil(most).max(1);
+    tokens.div_ceil(chunks).next_multiple_of(TILE).min(most).min(tokens)
+}
+
 /// Emits head and loss; returns the gradient of the head's input when `training`.
 fn head(graph: &mut Graph, inputs: Inputs, input: BufferId, training: bool, target: &Target) -> Option<BufferId> {
     let shape = [graph.config.vocab_size, graph.config.hidden_size];
     let name = names::head(graph.config);
     let weight = graph.weight(name, &shape, false);
     let row_bytes = graph.compute.bytes(&[graph.config.vocab_size]);
-    let chunk = ((target.logits_bytes / row_bytes) as usize).clamp(1, inputs.tokens);
+    let chunk = head_chunk((target.logits_bytes / row_bytes) as usize, inputs.tokens);
     let logits = graph.workspace("head.logits", &[chunk, graph.config.vocab_size], graph.compute);
     let grad_input = training.then(|| graph.activation("head.grad_input", inputs.tokens, graph.config.hidden_size));
     let op = Op::LinearCrossEntropy {
@@ -173,14 +180,15 @@ fn head(graph: &mut Graph, inputs: Inputs, input: BufferId, training: bool, targ
 fn micro(graph: &mut Graph, tokens: usize, recompute: &[Recompute], target: &Target) {
     let inputs = graph.inputs(tokens);
     graph.builder.begin(&format!("micro.{tokens}"), Role::Micro, tokens);
-    let (stream, saved) = forward(graph, inputs, recompute);
+    let (stream, mut saved) = forward(graph, inputs, recompute);
     let norm = graph.norm("final_norm", names::FINAL_NORM, stream);
     let grad_norm = head(graph, inputs, norm.output, true, target).expect("training");
     let mut gradient = graph.norm_backward("final_norm", names::FINAL_NORM, norm, grad_norm, None);
     let trains_embedding = graph.trained == Trained::Weights;
-    for (layer, kept) in saved.into_iter().enumerate().rev() {
+    while let Some(kept) = saved.pop() {
+        let layer = saved.len();
         let need_input = layer > 0 || trains_embedding;
-        match graph.layer_backward(layer, kept, gradient, inputs, recompute[layer], need_input) {
+        match graph.layer_backward(layer, kept, gradient, inputs, saved.last_mut(), need_input) {
             Some(next) => gradient = next,
             None => break,
         }

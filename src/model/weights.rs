@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use memmap2::Mmap;
 use safetensors::SafeTensors;
@@ -170,28 +171,28 @@ fn shards(index: &Path) -> Result<Vec<PathBuf>, ModelError> {
 }
 
 /// Random initial weights: normal with the configuration's `initializer_range`, norms 1, biases 0. A function
-/// of the seed and each tensor's name.
+/// of the seed and each tensor's name; made when asked for.
 pub struct RandomWeights {
-    tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    seed: u64,
+    deviation: f32,
+    tensors: HashMap<String, (Vec<usize>, OnceLock<Vec<f32>>)>,
 }
 
 impl RandomWeights {
     pub fn new(config: &ModelConfig, seed: u64) -> Self {
-        let tensors = names::weights(config)
-            .into_iter()
-            .map(|WeightName { name, shape }| {
-                let elements = shape.iter().product();
-                let values = if name.ends_with("norm.weight") {
-                    vec![1.0; elements]
-                } else if name.ends_with(".bias") {
-                    vec![0.0; elements]
-                } else {
-                    normal(&name, seed, elements, config.initializer_range)
-                };
-                (name, (shape, values))
-            })
-            .collect();
-        Self { tensors }
+        let shapes = names::weights(config).into_iter();
+        let tensors = shapes.map(|WeightName { name, shape }| (name, (shape, OnceLock::new()))).collect();
+        Self { seed, deviation: config.initializer_range, tensors }
+    }
+
+    fn values(&self, name: &str, elements: usize) -> Vec<f32> {
+        if name.ends_with("norm.weight") {
+            vec![1.0; elements]
+        } else if name.ends_with(".bias") {
+            vec![0.0; elements]
+        } else {
+            normal(name, self.seed, elements, self.deviation)
+        }
     }
 }
 
@@ -201,6 +202,7 @@ impl WeightSource for RandomWeights {
             name: name.to_string(),
             what: "the model has no such tensor".into(),
         })?;
+        let values = values.get_or_init(|| self.values(name, shape.iter().product()));
         Ok(Tensor { dtype: DType::F32, shape: shape.clone(), bytes: bytemuck::cast_slice(values) })
     }
 }

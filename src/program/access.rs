@@ -107,6 +107,7 @@ impl Op {
                 }
                 &mut list
             }
+            Op::Wait { buffers } => list.read(buffers.iter().copied()),
             Op::Zero { buffers } => list.write(buffers.iter().copied()),
             Op::GradientNorm { gradients, norm } => list.read(gradients.iter().copied()).write([*norm]),
             Op::AdamW { parts, norm, hyper, key, .. } => {
@@ -138,6 +139,7 @@ impl Op {
             Op::GatherRows { .. } => "gather_rows",
             Op::LinearCrossEntropy { .. } => "linear_cross_entropy",
             Op::Cast { .. } => "cast",
+            Op::Wait { .. } => "wait",
             Op::Zero { .. } => "zero",
             Op::GradientNorm { .. } => "gradient_norm",
             Op::AdamW { .. } => "adamw",
@@ -214,6 +216,7 @@ impl Op {
             Op::Embedding { output, .. } => 2 * bytes(*output),
             Op::EmbeddingBackward { grad_output, .. } => 3 * bytes(*grad_output),
             Op::GatherRows { output, .. } => 2 * bytes(*output),
+            Op::Wait { .. } => 0,
             _ => {
                 let mut seen = Vec::new();
                 self.accesses()

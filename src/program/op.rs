@@ -317,9 +317,15 @@ pub enum Op {
         logits: BufferId,
         softcap: Option<f32>,
     },
-    /// `to = from`, converted; sets of tensors in one launch.
+    /// `to = from`, converted; sets of tensors in one launch. A copy to or from a buffer in the host's memory
+    /// ([`Kind::Offload`](super::Kind::Offload)) may run beside what follows: neither end is touched before a [`Op::Wait`]
+    /// has named both.
     Cast {
         pairs: Vec<(BufferId, BufferId)>,
+    },
+    /// Waits for the copies between these buffers. It changes nothing; that it reads them keeps their places theirs.
+    Wait {
+        buffers: Vec<BufferId>,
     },
     Zero {
         buffers: Vec<BufferId>,

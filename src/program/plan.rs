@@ -259,10 +259,31 @@ pub fn estimate_op(workload: &Workload, op: &Op, target: &Target) -> f64 {
     let arithmetic =
         (op.flops(workload) - eight_bit) as f64 / rate + eight_bit as f64 / target.fp8_flops.unwrap_or(rate);
     let memory = op.bytes_moved(workload) as f64 / target.rates.bandwidth;
-    let accesses = op.accesses().into_iter();
-    let offloaded = accesses.filter(|(id, _)| workload.buffer(*id).kind == Kind::Offload);
-    let bus = offloaded.map(|(id, _)| workload.buffer(id).bytes()).sum::<u64>() as f64 / BUS_BANDWIDTH;
-    arithmetic.max(memory).max(bus) + target.rates.per_op
+    // A copy that runs beside other operations is taken to hide behind them.
+    let bus = if matches!(op, Op::Cast { .. }) && target.copies_beside() {
+        0.0
+    } else {
+        let accesses = op.accesses().into_iter();
+        let offloaded = accesses.filter(|(id, _)| workload.buffer(*id).kind == Kind::Offload);
+        offloaded.map(|(id, _)| workload.buffer(id).bytes()).sum::<u64>() as f64 / BUS_BANDWIDTH
+    };
+    arithmetic.max(memory).max(bus) + unpacking(workload, op, target) + target.rates.per_op
+}
+
+/// Seconds in which an engine that multiplies unpacked weights only unpacks those of an operation: the same for few tokens
+/// as for many.
+fn unpacking(workload: &Workload, op: &Op, target: &Target) -> f64 {
+    let weights: Vec<BufferId> = match op {
+        Op::Linear { projections, .. } => projections.iter().map(|projection| projection.weight).collect(),
+        Op::LinearBackward { grad_input: Some(_), projections, .. } => projections.iter().map(|p| p.weight).collect(),
+        _ => Vec::new(),
+    };
+    let quantized = weights
+        .into_iter()
+        .map(|id| workload.buffer(id))
+        .filter(|buffer| matches!(buffer.dtype, DType::Nf4 | DType::Int8));
+    let bytes: u64 = quantized.map(|buffer| buffer.bytes() + target.compute.bytes(&buffer.shape)).sum();
+    if target.unpacks_weights() { bytes as f64 / target.rates.bandwidth } else { 0.0 }
 }
 
 fn aligned(bytes: u64, alignment: u64) -> u64 {

@@ -54,6 +54,16 @@ impl Target {
         self.engine == "cuda"
     }
 
+    /// Whether copies between device and host run beside other operations.
+    pub fn copies_beside(&self) -> bool {
+        self.engine == "cuda"
+    }
+
+    /// Whether products take quantized weights only unpacked: a pass over them in each operation.
+    pub fn unpacks_weights(&self) -> bool {
+        self.engine == "cuda"
+    }
+
     /// Whether an element-wise operation may write its result over its own input.
     pub fn works_in_place(&self) -> bool {
         self.engine == "cuda"

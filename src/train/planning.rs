@@ -22,7 +22,7 @@ pub struct Search<'a> {
     pub target: &'a Target,
     /// Tokens of the longest row: the largest micro-batch must hold it.
     pub longest_row: usize,
-    /// Tokens of a typical update; a micro-batch need not be larger.
+    /// Tokens that most updates stay below ([`update_tokens`]); a micro-batch need not be larger.
     pub update_tokens: usize,
     /// `[engine] recompute`: searched, nothing, everything.
     pub recompute: RecomputeChoice,
@@ -153,27 +153,30 @@ impl Search<'_> {
         let mut sizes: Vec<usize> = self.target.micro_sizes.iter().copied().filter(|&size| size < top).collect();
         sizes.push(top);
         let stages = self.stages();
-        // Memory falls along the stages: find the first that fits.
+        // Memory falls along the stages: find the first that fits. The largest micro-batch decides, for all programs share
+        // the arena.
         let (mut low, mut high) = (0, stages.len() - 1);
-        let build = |index: usize| self.build(&sizes, stages[index]);
+        let build = |index: usize| self.build(&[top], stages[index]);
         match build(0) {
-            Ok(plan) => return Ok((plan, self.choice(sizes, stages[0]))),
+            Ok(_) => high = 0,
             Err(PlanningError::Plan(_)) => {}
             Err(other) => return Err(other),
         }
-        let mut found = build(high)?;
         while low + 1 < high {
             let middle = usize::midpoint(low, high);
             match build(middle) {
-                Ok(plan) => {
-                    found = plan;
-                    high = middle;
-                }
+                Ok(_) => high = middle,
                 Err(PlanningError::Plan(_)) => low = middle,
                 Err(other) => return Err(other),
             }
         }
-        Ok((found, self.choice(sizes, stages[high])))
+        // The smaller ones add their inputs, a few bytes a token.
+        loop {
+            match self.build(&sizes, stages[high]) {
+                Err(PlanningError::Plan(_)) if high + 1 < stages.len() => high += 1,
+                outcome => return Ok((outcome?, self.choice(sizes, stages[high]))),
+            }
+        }
     }
 
     fn choice(&self, sizes: Vec<usize>, stage: Stage) -> PlanChoice {
@@ -263,6 +266,14 @@ impl Search<'_> {
         }
         fits
     }
+}
+
+/// Tokens that nine of ten updates stay below, of `batch` rows drawn from these lengths: by their mean and spread.
+pub fn update_tokens(lengths: &[usize], batch: usize) -> usize {
+    let count = lengths.len().max(1) as f64;
+    let mean = lengths.iter().sum::<usize>() as f64 / count;
+    let variance = lengths.iter().map(|&length| (length as f64 - mean).powi(2)).sum::<f64>() / count;
+    (mean * batch as f64 + 1.28 * (variance * batch as f64).sqrt()).ceil() as usize
 }
 
 /// Bytes of logits in a small chunk of the head.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::TrainError;
-use super::planning::{RecomputeChoice, Search};
+use super::planning::{self, RecomputeChoice, Search};
 use crate::data::{self, Loaded, Progress};
 use crate::demo;
 use crate::hub::{self, Location};
@@ -177,8 +177,10 @@ pub fn search<'a>(
         generation,
     };
     let longest_row = lengths.iter().copied().max().unwrap_or(1);
-    let mean = lengths.iter().sum::<usize>() / lengths.len().max(1);
-    let update_tokens = if spec.data.packing { (mean * spec.train.batch).max(longest_row) } else { longest_row };
+    let update_tokens = match spec.data.packing {
+        true => planning::update_tokens(lengths, spec.train.batch).max(longest_row),
+        false => longest_row,
+    };
     let recompute = match spec.engine.recompute.as_str() {
         "none" => RecomputeChoice::None,
         "all" => RecomputeChoice::All,

@@ -105,13 +105,18 @@ fn outputs(case: &Case, session: &mut dyn Session) -> Result<Vec<(BufferId, Vec<
             written.push(id);
         }
     }
-    for (index, buffer) in workload.buffers.iter().enumerate() {
-        let id = BufferId(index as u32);
-        let frozen = buffer.kind == Kind::Weight && !written.contains(&id);
-        if frozen || buffer.kind == Kind::Constant {
-            continue;
+    // What is only written holds NaN before. It may share its place with an input (an element-wise result over what it
+    // was made from), so inputs come last.
+    let is_input = |id: BufferId| op.accesses().iter().any(|&(other, access)| other == id && access != Access::Write);
+    for inputs in [false, true] {
+        for (index, buffer) in workload.buffers.iter().enumerate() {
+            let id = BufferId(index as u32);
+            let frozen = buffer.kind == Kind::Weight && !written.contains(&id);
+            if frozen || buffer.kind == Kind::Constant || is_input(id) != inputs {
+                continue;
+            }
+            session.write(id, &to_bytes(buffer.dtype, &buffer.name, &case.inputs[index]))?;
         }
-        session.write(id, &to_bytes(buffer.dtype, &buffer.name, &case.inputs[index]))?;
     }
     session.run(0)?;
     session.synchronize()?;

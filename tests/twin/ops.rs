@@ -340,6 +340,7 @@ pub fn run(values: &mut Values, op: &Op) {
                 values.set(*to, values.get(*from).to_vec());
             }
         }
+        Op::Wait { .. } => {}
         Op::Zero { buffers } => {
             for id in buffers {
                 values.of[id.index()].fill(0.0);

@@ -148,6 +148,8 @@ pub fn execute(op: &Op, views: &Views) -> Result<(), EngineError> {
                 Weight { rows: 1, columns: elements, ..from }.convert(0, 0..elements, to);
             }
         }
+        // Copies are done when they return.
+        Op::Wait { .. } => {}
         Op::Zero { buffers } => {
             for id in buffers {
                 views.bytes_mut(*id)?.fill(0);

@@ -4,7 +4,9 @@ use std::ffi::c_void;
 
 use cudarc::driver::{result, sys};
 
-use super::driver::{Card, During, copy, zero};
+use std::sync::Arc;
+
+use super::driver::{Card, During, Event, Lane, copy, zero};
 use super::product::{Matrix, Prepared, Products};
 use crate::backend::EngineError;
 
@@ -120,18 +122,32 @@ pub(super) struct Launch {
 
 pub(super) enum Command {
     Launch(Launch),
-    Product(Box<Prepared>),
-    Zero { pointer: u64, bytes: u64 },
-    Copy { from: u64, to: u64, bytes: u64 },
+    Product(Box<Prepared>, Lane),
+    Zero {
+        pointer: u64,
+        bytes: u64,
+    },
+    Copy {
+        from: u64,
+        to: u64,
+        bytes: u64,
+        lane: Lane,
+    },
+    /// Marks a point of a stream.
+    Mark(Arc<Event>, Lane),
+    /// A stream waits for a marked point.
+    Hold(Arc<Event>, Lane),
 }
 
 impl Command {
     pub fn run(&self, card: &Card, products: &Products) -> Result<(), EngineError> {
         match self {
             Command::Launch(launch) => launch.run(card),
-            Command::Product(prepared) => products.launch(prepared),
+            Command::Product(prepared, lane) => products.launch(prepared, *lane),
             Command::Zero { pointer, bytes } => zero(card, *pointer, *bytes),
-            Command::Copy { from, to, bytes } => copy(card, *from, *to, *bytes),
+            Command::Copy { from, to, bytes, lane } => copy(card, *lane, *from, *to, *bytes),
+            Command::Mark(event, lane) => event.record_on(*lane),
+            Command::Hold(event, lane) => event.hold(*lane),
         }
     }
 }

@@ -84,13 +84,13 @@ pub struct Fix {
 pub fn fix() -> Option<Fix> {
     let missing: Vec<Library> =
         library::find().iter().filter(|found| found.path.is_none()).map(|found| found.library).collect();
-    let packages: Vec<&str> = missing.iter().filter_map(|library| library.package()).collect();
     // Without a driver NVIDIA's libraries are of no use.
-    if packages.is_empty() || missing.contains(&Library::Driver) {
+    if missing.is_empty() || missing.contains(&Library::Driver) {
         return None;
     }
+    let driver = library::driver_major();
+    let packages: Vec<&str> = missing.iter().filter_map(|library| library.package(driver)).collect();
     let folder = library::own_folder()?.display().to_string();
-    let versioned: Vec<String> = packages.iter().map(|package| format!("{package}{}", version_bound())).collect();
     let program = ["uv", "pip3", "pip"].into_iter().find(|program| on_path(program));
     let mut command: Vec<String> = match program {
         Some("uv") => vec!["uv".into(), "pip".into(), "install".into()],
@@ -98,22 +98,10 @@ pub fn fix() -> Option<Fix> {
         None => vec!["pip".into(), "install".into()],
     };
     command.extend(["--target".into(), folder.clone()]);
-    command.extend(versioned);
-    let megabytes: u32 = packages.iter().map(|package| if *package == "nvidia-cublas" { 400 } else { 90 }).sum();
+    command.extend(packages.iter().map(|package| package.to_string()));
+    let megabytes: u32 = missing.iter().map(|library| library.megabytes()).sum();
     let about = format!("{} from NVIDIA, about {megabytes} MB to download, into {folder}", packages.join(" and "));
     Some(Fix { about, command, runnable: program.is_some() })
-}
-
-/// Newest versions that the driver runs.
-fn version_bound() -> String {
-    let mut version = 0;
-    // SAFETY: the driver was found and loaded; the pointer is a live integer.
-    let known = unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut version) }.result().is_ok();
-    // Libraries of one major version run on every driver of that version.
-    match version / 1000 {
-        13.. if known => "<14".into(),
-        _ => "<13".into(),
-    }
 }
 
 fn on_path(program: &str) -> bool {

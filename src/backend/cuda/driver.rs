@@ -41,12 +41,28 @@ impl<T> During<T> for Result<T, cudarc::cublaslt::result::CublasError> {
     }
 }
 
-/// An opened card: its context, and the stream on which everything runs.
+/// A stream of the card. Everything starts on the first; the others run beside it between two marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    Main,
+    /// Copies between card and host.
+    Copies,
+    /// Small products beside others.
+    Side(usize),
+}
+
+/// Streams for small products.
+pub(super) const SIDES: usize = 2;
+
+/// An opened card: its context, and its streams.
 pub(super) struct Card {
     pub name: String,
     device: sys::CUdevice,
     context: sys::CUcontext,
+    /// The main one.
     pub stream: sys::CUstream,
+    copies: sys::CUstream,
+    sides: [sys::CUstream; SIDES],
     /// Compute capability.
     pub capability: (i32, i32),
     pub multiprocessors: u32,
@@ -112,9 +128,18 @@ impl Card {
         let context = unsafe { result::primary_ctx::retain(device) }.during("making a context on the card")?;
         // SAFETY: the context was just retained.
         unsafe { result::ctx::set_current(context) }.during("binding the context")?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).during("making a stream")?;
+        let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).during("making a stream");
         let CardFacts { name, capability, multiprocessors, .. } = facts;
-        Ok(Arc::new(Self { name, device, context, stream, capability, multiprocessors }))
+        let (main, copies, sides) = (stream()?, stream()?, [stream()?, stream()?]);
+        Ok(Arc::new(Self { name, device, context, stream: main, copies, sides, capability, multiprocessors }))
+    }
+
+    pub fn lane(&self, lane: Lane) -> sys::CUstream {
+        match lane {
+            Lane::Main => self.stream,
+            Lane::Copies => self.copies,
+            Lane::Side(index) => self.sides[index],
+        }
     }
 
     /// Makes the context current on the calling thread.
@@ -142,7 +167,9 @@ impl Drop for Card {
         // means that the context is already lost.
         unsafe {
             let _ = result::ctx::set_current(self.context);
-            let _ = result::stream::destroy(self.stream);
+            for stream in [self.stream, self.copies].into_iter().chain(self.sides) {
+                let _ = result::stream::destroy(stream);
+            }
             let _ = result::primary_ctx::release(self.device);
         }
     }
@@ -200,10 +227,10 @@ pub(super) fn read(card: &Card, pointer: u64, bytes: &mut [u8]) -> Result<(), En
     card.synchronize()
 }
 
-/// Copies between any memory that the card reaches, page-locked host memory included, in the order of the stream.
-pub(super) fn copy(card: &Card, from: u64, to: u64, bytes: u64) -> Result<(), EngineError> {
+/// Copies between any memory that the card reaches, page-locked host memory included, in the order of a stream.
+pub(super) fn copy(card: &Card, lane: Lane, from: u64, to: u64, bytes: u64) -> Result<(), EngineError> {
     // SAFETY: callers pass ranges of memory that they own, which live until the stream has passed.
-    unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, card.stream) }.result().during("copying on the card")
+    unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, card.lane(lane)) }.result().during("copying on the card")
 }
 
 /// The newest CUDA version that the driver runs, times a thousand.
@@ -273,6 +300,25 @@ impl Event {
     pub fn new(card: &Arc<Card>) -> Result<Self, EngineError> {
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).during("making an event")?;
         Ok(Self { card: card.clone(), event })
+    }
+
+    /// An event that orders streams and has no time.
+    pub fn mark(card: &Arc<Card>) -> Result<Self, EngineError> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).during("making an event")?;
+        Ok(Self { card: card.clone(), event })
+    }
+
+    /// Marks this point of a stream.
+    pub fn record_on(&self, lane: Lane) -> Result<(), EngineError> {
+        // SAFETY: event and stream are alive.
+        unsafe { result::event::record(self.event, self.card.lane(lane)) }.during("recording an event")
+    }
+
+    /// Lets a stream go on only when the marked point is reached.
+    pub fn hold(&self, lane: Lane) -> Result<(), EngineError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: event and stream are alive.
+        unsafe { result::stream::wait_event(self.card.lane(lane), self.event, flags) }.during("ordering streams")
     }
 
     pub fn record(&self) -> Result<(), EngineError> {

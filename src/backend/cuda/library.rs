@@ -37,21 +37,36 @@ impl Library {
         }
     }
 
-    /// File names by which the loader may know it, newest first.
-    fn files(self) -> &'static [&'static str] {
-        match self {
-            Library::Driver => &["libcuda.so.1", "libcuda.so"],
-            Library::Nvrtc => &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"],
-            Library::CublasLt => &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
+    /// File names by which the loader may know it, newest first. Code that a newer major version of CUDA makes does not run
+    /// on a driver of an older one: `driver` is the major version that the driver runs, where there is one.
+    fn files(self, driver: Option<u32>) -> &'static [&'static str] {
+        match (self, driver) {
+            (Library::Driver, _) => &["libcuda.so.1", "libcuda.so"],
+            (Library::Nvrtc, Some(..=12)) => &["libnvrtc.so.12"],
+            (Library::Nvrtc, _) => &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"],
+            (Library::CublasLt, Some(..=12)) => &["libcublasLt.so.12"],
+            (Library::CublasLt, _) => &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
         }
     }
 
-    /// The package of NVIDIA's that holds it, for `pip` and `uv`.
-    pub fn package(self) -> Option<&'static str> {
+    /// The package of NVIDIA's that holds it, for `pip` and `uv`, with the versions that a driver runs. Up to CUDA 12 the
+    /// name has the major version in it. None for the driver itself.
+    pub fn package(self, driver: Option<u32>) -> Option<&'static str> {
+        match (self, driver) {
+            (Library::Driver, _) => None,
+            (Library::Nvrtc, Some(..=12)) => Some("nvidia-cuda-nvrtc-cu12"),
+            (Library::Nvrtc, _) => Some("nvidia-cuda-nvrtc<14"),
+            (Library::CublasLt, Some(..=12)) => Some("nvidia-cublas-cu12"),
+            (Library::CublasLt, _) => Some("nvidia-cublas<14"),
+        }
+    }
+
+    /// Megabytes to download, roughly.
+    pub fn megabytes(self) -> u32 {
         match self {
-            Library::Driver => None,
-            Library::Nvrtc => Some("nvidia-cuda-nvrtc"),
-            Library::CublasLt => Some("nvidia-cublas"),
+            Library::Driver => 0,
+            Library::Nvrtc => 90,
+            Library::CublasLt => 400,
         }
     }
 }
@@ -70,12 +85,29 @@ pub fn find() -> &'static [Found] {
     static FOUND: OnceLock<Vec<Found>> = OnceLock::new();
     FOUND.get_or_init(|| {
         let folders = folders();
-        Library::ALL.into_iter().map(|library| Found { library, path: find_one(library, &folders) }).collect()
+        // The driver comes first: its version says which of the others to take.
+        let mut driver = None;
+        let find = |library| {
+            let path = find_one(library, &folders, driver);
+            if library == Library::Driver && path.is_some() {
+                driver = driver_major();
+            }
+            Found { library, path }
+        };
+        Library::ALL.into_iter().map(find).collect()
     })
 }
 
-fn find_one(library: Library, folders: &[PathBuf]) -> Option<PathBuf> {
-    for file in library.files() {
+/// Major version of the newest CUDA that the driver runs, once it was found.
+pub fn driver_major() -> Option<u32> {
+    let mut version = 0;
+    // SAFETY: callers have found the driver; the pointer is a live integer.
+    let known = unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut version) }.result().is_ok();
+    known.then_some(version.unsigned_abs() / 1000)
+}
+
+fn find_one(library: Library, folders: &[PathBuf], driver: Option<u32>) -> Option<PathBuf> {
+    for file in library.files(driver) {
         if load(Path::new(file)) {
             return Some(PathBuf::from(file));
         }
@@ -83,11 +115,11 @@ fn find_one(library: Library, folders: &[PathBuf]) -> Option<PathBuf> {
     if library == Library::Driver {
         return ["/usr/lib/wsl/lib", "/usr/local/nvidia/lib64"]
             .iter()
-            .flat_map(|folder| library.files().iter().map(move |file| Path::new(folder).join(file)))
+            .flat_map(|folder| library.files(driver).iter().map(move |file| Path::new(folder).join(file)))
             .find(|path| load(path));
     }
     for folder in folders {
-        for file in library.files() {
+        for file in library.files(driver) {
             let path = folder.join(file);
             if !path.exists() {
                 continue;
@@ -185,4 +217,19 @@ fn package_folders(site: &Path) -> Vec<PathBuf> {
     found.sort_by_key(|folder| !folder.parent().is_some_and(|parent| parent.ends_with("cu13")));
     found.retain(|folder| folder.is_dir());
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Library;
+
+    #[test]
+    fn an_older_driver_gets_the_libraries_that_run_on_it() {
+        for library in [Library::Nvrtc, Library::CublasLt] {
+            assert!(library.files(Some(12)).iter().all(|file| file.ends_with(".so.12")));
+            assert!(library.package(Some(12)).is_some_and(|package| package.ends_with("-cu12")));
+            assert!(library.files(Some(13))[0].ends_with(".so.13"));
+            assert!(library.package(Some(13)).is_some_and(|package| package.ends_with("<14")));
+        }
+    }
 }

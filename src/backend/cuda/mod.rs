@@ -69,8 +69,8 @@ pub fn cards() -> Result<Vec<CardFacts>, EngineError> {
 fn require_libraries() -> Result<(), EngineError> {
     match library::missing() {
         None => Ok(()),
-        Some(library) if library.package().is_none() => {
-            Err(driver::unsupported(format!("{} is not on this machine", library.name())))
+        Some(missing @ library::Library::Driver) => {
+            Err(driver::unsupported(format!("{} is not on this machine", missing.name())))
         }
         Some(library) => Err(driver::unsupported(format!(
             "{} was not found; `tune doctor --fix` brings NVIDIA's own libraries",

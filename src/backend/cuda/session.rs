@@ -5,14 +5,20 @@ use std::sync::Arc;
 
 use super::command::{Command, Launch, arguments};
 use super::compile::{Kernels, Variant};
-use super::driver::{Card, DeviceMemory, Event, Graph, failed, zero};
+use super::driver::{Card, DeviceMemory, Event, Graph, SIDES, failed, zero};
 use super::lower::Lowering;
 use super::memory::Memory;
-use super::product::{Products, WORKSPACE_BYTES};
+use super::product::{Products, SIDE_WORKSPACE_BYTES, WORKSPACE_BYTES};
 use super::tables::Tables;
 use super::weights::{Loader, read_buffer, write_buffer};
 use crate::backend::{EngineError, Session, WeightSource};
 use crate::program::{BufferId, Kind, Plan};
+
+/// Commands that may be in graphs whatever they take.
+const GRAPH_COMMANDS: usize = 12_000;
+
+/// Seconds of a launch that the host can prepare in as much time.
+const SHORT_LAUNCH: f64 = 15e-6;
 
 /// How a program runs next.
 enum Replay {
@@ -29,6 +35,8 @@ pub struct CudaSession {
     /// Launches by program and step.
     programs: Vec<Vec<Vec<Command>>>,
     kept: Vec<DeviceMemory>,
+    /// Commands in graphs.
+    captured: usize,
     products: Products,
     kernels: Kernels,
     memory: Memory,
@@ -69,6 +77,7 @@ impl CudaSession {
             let mut lowering =
                 Lowering::new(&card, &plan.workload, &memory, &mut kernels, &mut products, &tables, &mut kept);
             let steps: Vec<_> = program.steps.iter().map(|step| lowering.lower(&step.op)).collect::<Result<_, _>>()?;
+            lowering.end(&program.name)?;
             programs.push(steps);
         }
         products.keep_tuning();
@@ -81,7 +90,15 @@ impl CudaSession {
         }
         card.synchronize()?;
         let replays = plan.workload.programs.iter().map(|_| Replay::First).collect();
-        Ok(Self { replays, programs, kept, products, kernels, memory, tables, plan, card })
+        Ok(Self { replays, programs, kept, captured: 0, products, kernels, memory, tables, plan, card })
+    }
+
+    /// Whether a program is worth a graph, which takes memory on the card for every launch in it: always while there are
+    /// few, and then where launches are so short that the host could not keep up with them.
+    fn is_worth_a_graph(&self, program: usize) -> bool {
+        let commands: usize = self.programs[program].iter().map(Vec::len).sum();
+        let seconds = self.plan.summary.programs.get(program).map_or(0.0, |summary| summary.estimated_seconds);
+        self.captured + commands <= GRAPH_COMMANDS || seconds / (commands.max(1) as f64) < SHORT_LAUNCH
     }
 
     fn launch(&self, program: usize, steps: Range<usize>) -> Result<(), EngineError> {
@@ -191,9 +208,11 @@ impl Session for CudaSession {
                 Ok(())
             }
             Replay::Warm if steps.is_empty() => Ok(()),
+            Replay::Warm if !self.is_worth_a_graph(program) => self.launch(program, steps),
             Replay::Warm => {
                 let graph = Graph::capture(&self.card, || self.launch(program, steps))?;
                 graph.launch()?;
+                self.captured += self.programs[program].iter().map(Vec::len).sum::<usize>();
                 self.replays[program] = Replay::Captured(graph);
                 Ok(())
             }
@@ -220,7 +239,7 @@ impl Session for CudaSession {
 
     fn allocated_bytes(&self) -> u64 {
         let kept: u64 = self.kept.iter().map(|memory| memory.bytes).sum();
-        self.memory.allocated() + kept + WORKSPACE_BYTES
+        self.memory.allocated() + kept + WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES
     }
 }
 

@@ -1,8 +1,9 @@
 //! The card as plain data: of the card present, or of known ones.
 
+use super::driver::SIDES;
 use super::driver::{CardFacts, unsupported};
 use super::memory::SCRATCH_BYTES;
-use super::product::WORKSPACE_BYTES;
+use super::product::{SIDE_WORKSPACE_BYTES, WORKSPACE_BYTES};
 use crate::backend::EngineError;
 use crate::program::{DType, Rates, Target};
 
@@ -107,8 +108,8 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
         compute: DType::BF16,
         trainable: DType::BF16,
         gradients: DType::F32,
-        // Close together where updates of short rows end: what no row fills is computed for nothing.
-        micro_sizes: vec![256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 8192, 16384, 32768],
+        // A tile of products apart where updates of short rows end: what no row fills is computed for nothing.
+        micro_sizes: (2..=16).map(|tiles| 128 * tiles).chain([2560, 3072, 4096, 8192, 16384, 32768]).collect(),
         rates: Rates {
             flops: matrix_tflops * 1e12,
             attention_flops: matrix_tflops * 0.45e12,
@@ -116,7 +117,7 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
             per_op: 3e-6,
         },
         fp8_flops: fp8.then_some(matrix_tflops * FP8_SPEEDUP * 1e12),
-        library_workspace: WORKSPACE_BYTES + SCRATCH_BYTES + (8 << 20),
+        library_workspace: WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES + SCRATCH_BYTES + (8 << 20),
         logits_bytes: 256 << 20,
     }
 }

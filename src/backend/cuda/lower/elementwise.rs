@@ -1,11 +1,13 @@
 //! Operations bound by memory: one or two kernels each.
 
+use std::sync::Arc;
+
 use super::{Lowering, row_threads, vector};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::{Command, arguments};
-use crate::backend::cuda::driver::unsupported;
+use crate::backend::cuda::driver::{Event, Lane, unsupported};
 use crate::backend::cuda::memory::SCRATCH_BYTES;
-use crate::program::{Activation, BufferId, DType, Direction, Op};
+use crate::program::{Activation, BufferId, DType, Direction, Kind, Op};
 
 /// Elements of a piece in the kernels of `cast.cu`.
 const CAST_PIECE: usize = 2048;
@@ -257,7 +259,17 @@ impl Lowering<'_> {
         let (copies, pairs): (Vec<_>, Vec<_>) = pairs.iter().copied().partition(|&(from, to)| crosses(from, to));
         for (from, to) in copies {
             let bytes = self.memory.stored(from).bytes(&self.workload.buffer(from).shape);
-            self.commands.push(Command::Copy { from: self.address(from), to: self.address(to), bytes });
+            let (source, target) = (self.address(from), self.address(to));
+            let offload = [from, to].into_iter().find(|&id| self.workload.buffer(id).kind == Kind::Offload);
+            let Some(offload) = offload else {
+                self.commands.push(Command::Copy { from: source, to: target, bytes, lane: Lane::Main });
+                continue;
+            };
+            self.order(Lane::Main, Lane::Copies)?;
+            self.commands.push(Command::Copy { from: source, to: target, bytes, lane: Lane::Copies });
+            let arrived = Arc::new(Event::mark(self.card)?);
+            self.commands.push(Command::Mark(arrived.clone(), Lane::Copies));
+            self.copying.insert(offload, arrived);
         }
         let pairs = &pairs;
         let mut kinds: Vec<(DType, DType)> =

@@ -1,12 +1,13 @@
 //! Linear operations: as few products as memory layout allows.
 //!
 //! Neighbouring projections whose weights lie end to end and whose outputs lie side by side run as one product.
-//! Quantized weights are unpacked into scratch, a part that fits at a time.
+//! Quantized weights are unpacked into scratch, a part that fits at a time. Where even the products with whole weights are
+//! too short to fill the card, those of the LoRA branch run beside them.
 
 use super::{Lowering, fp8};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
-use crate::backend::cuda::driver::unsupported;
+use crate::backend::cuda::driver::{Lane, unsupported};
 use crate::backend::cuda::memory::{Nf4Parts, SCRATCH_BYTES};
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Projection, ProjectionBackward};
@@ -38,6 +39,9 @@ type Pair = (Matrix, Matrix);
 
 /// Columns of quantized weights: (weight, first, count).
 type Unpacked = Vec<(BufferId, usize, usize)>;
+
+/// Milliseconds under which products with whole weights leave room for others beside them.
+const SHORT: f32 = 0.15;
 
 /// Joins neighbours of a list where both matrices touch.
 pub(super) fn join(pairs: impl IntoIterator<Item = Pair>) -> Vec<Pair> {
@@ -83,24 +87,45 @@ impl Lowering<'_> {
             let whole = self.whole_products(x, projections)?;
             self.products.second_adds(&branches, &whole)?
         };
+        // Dropped inputs and partial weights share the scratch: no lane of their own.
+        let dropout = adapted.iter().any(|(_, lora)| lora.dropout.is_some());
+        let whole = self.whole_products(x, projections)?;
+        let lanes = if dropout || adapted.is_empty() { [Lane::Main; 2] } else { self.lanes(&whole)? };
+        self.order(Lane::Main, lanes[0])?;
+        let plain = adapted.iter().filter(|(_, lora)| lora.dropout.is_none());
+        let pairs: Vec<Pair> = plain.map(|(_, lora)| (self.matrix(lora.a), self.columns(lora.middle))).collect();
+        self.forward_products(x, pairs, false, lanes[0])?;
         if !branch_first {
             self.whole(x, projections, biased, false)?;
         }
-        let plain = adapted.iter().filter(|(_, lora)| lora.dropout.is_none());
-        let pairs: Vec<Pair> = plain.map(|(_, lora)| (self.matrix(lora.a), self.columns(lora.middle))).collect();
-        self.forward_products(x, pairs, false)?;
+        self.order(lanes[0], Lane::Main)?;
         for (_, lora) in &adapted {
             if let Some(dropout) = lora.dropout {
                 self.dropped_middle(x, lora, dropout)?;
             }
         }
-        for branch in branches {
-            self.product(Product { accumulate: !branch_first, ..branch })?;
+        // Each has columns of its own.
+        let spread = [Lane::Main, lanes[0], lanes[1]];
+        let used = &spread[1..branches.len().clamp(1, spread.len())];
+        for &lane in used {
+            self.order(Lane::Main, lane)?;
+        }
+        for (index, branch) in branches.into_iter().enumerate() {
+            self.product_on(Product { accumulate: !branch_first, ..branch }, spread[index % spread.len()])?;
+        }
+        for &lane in used {
+            self.order(lane, Lane::Main)?;
         }
         if branch_first {
             self.whole(x, projections, false, true)?;
         }
         Ok(())
+    }
+
+    /// Where the products of a LoRA branch run: on streams of their own where those with the whole weights are short.
+    fn lanes(&mut self, whole: &[Product]) -> Result<[Lane; 2], EngineError> {
+        let short = self.products.milliseconds(whole)? < SHORT;
+        Ok(if short { [Lane::Side(0), Lane::Side(1)] } else { [Lane::Main; 2] })
     }
 
     /// The products with the whole weights; `accumulate` where the LoRA branch is there already.
@@ -121,13 +146,13 @@ impl Lowering<'_> {
         }
         if !biased {
             let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
-            return self.forward_products(x, pairs, accumulate);
+            return self.forward_products(x, pairs, accumulate, Lane::Main);
         }
         // A bias is there before the product adds to it: only projections alike may be joined.
         for has_bias in [false, true] {
             let alike = projections.iter().filter(|projection| projection.bias.is_some() == has_bias);
             let pairs: Vec<Pair> = alike.map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
-            self.forward_products(x, pairs, accumulate || has_bias)?;
+            self.forward_products(x, pairs, accumulate || has_bias, Lane::Main)?;
         }
         Ok(())
     }
@@ -149,13 +174,19 @@ impl Lowering<'_> {
     }
 
     /// `columns (+)= x · rowsᵀ` for each pair, neighbours joined.
-    fn forward_products(&mut self, x: Matrix, pairs: Vec<Pair>, accumulate: bool) -> Result<(), EngineError> {
+    fn forward_products(
+        &mut self,
+        x: Matrix,
+        pairs: Vec<Pair>,
+        accumulate: bool,
+        lane: Lane,
+    ) -> Result<(), EngineError> {
         if pairs.iter().any(|(weight, _)| weight.dtype == DType::Fp8) {
             let parts = self.fp8_forward(x, pairs, accumulate)?;
             return self.run_fp8(parts);
         }
         for (weight, output) in join(pairs) {
-            self.product(forward_product(x, weight, output, accumulate))?;
+            self.product_on(forward_product(x, weight, output, accumulate), lane)?;
         }
         Ok(())
     }
@@ -227,14 +258,21 @@ impl Lowering<'_> {
         let x = self.matrix(input);
         let grad_input = grad_input.map(|id| self.matrix(id));
         let mut branch_first = false;
-        if let Some(grad_input) = grad_input {
+        let mut lanes = [Lane::Main; 2];
+        let plain = projections.iter().all(|p| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_none()));
+        if let Some(grad_input) = grad_input
+            && plain
+        {
             let whole = self.grad_input_parts(grad_input, projections, false)?;
-            let plain = projections.iter().all(|p| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_none()));
-            if plain {
-                let whole: Vec<Product> = whole.into_iter().map(|(_, product)| product).collect();
-                let branches = self.grad_input_branches(grad_input, projections);
-                branch_first = self.products.second_adds(&branches, &whole)?;
-            }
+            let whole: Vec<Product> = whole.into_iter().map(|(_, product)| product).collect();
+            let branches = self.grad_input_branches(grad_input, projections);
+            branch_first = self.products.second_adds(&branches, &whole)?;
+            lanes = self.lanes(&whole)?;
+        }
+        for lane in lanes {
+            self.order(Lane::Main, lane)?;
+        }
+        if let Some(grad_input) = grad_input {
             if !branch_first {
                 self.grad_input(grad_input, projections, false)?;
             }
@@ -250,12 +288,14 @@ impl Lowering<'_> {
                 self.column_sum(grad_output, grad_bias)?;
             }
         }
-        self.weight_gradients(x, pairs)?;
-        self.lora_backward(x, grad_input, projections, branch_first)?;
-        match grad_input {
-            Some(grad_input) if branch_first => self.grad_input(grad_input, projections, true),
-            _ => Ok(()),
+        self.weight_gradients(x, pairs, Lane::Main)?;
+        self.lora_backward(x, grad_input, projections, branch_first, lanes)?;
+        if let Some(grad_input) = grad_input
+            && branch_first
+        {
+            self.grad_input(grad_input, projections, true)?;
         }
+        lanes.into_iter().try_for_each(|lane| self.order(lane, Lane::Main))
     }
 
     /// `grad_input (+)= Σ grad_output · weight`.
@@ -360,9 +400,9 @@ impl Lowering<'_> {
     }
 
     /// `rows += columnsᵀ · x` for each pair, neighbours joined.
-    fn weight_gradients(&mut self, x: Matrix, pairs: Vec<Pair>) -> Result<(), EngineError> {
+    fn weight_gradients(&mut self, x: Matrix, pairs: Vec<Pair>, lane: Lane) -> Result<(), EngineError> {
         for (gradient, grad_output) in join(pairs) {
-            self.product(Product {
+            let product = Product {
                 left: grad_output,
                 left_transposed: true,
                 right: x,
@@ -370,7 +410,8 @@ impl Lowering<'_> {
                 output: gradient,
                 alpha: Alpha::One,
                 accumulate: true,
-            })?;
+            };
+            self.product_on(product, lane)?;
         }
         Ok(())
     }
@@ -381,6 +422,7 @@ impl Lowering<'_> {
         grad_input: Option<Matrix>,
         projections: &[ProjectionBackward],
         branch_first: bool,
+        lanes: [Lane; 2],
     ) -> Result<(), EngineError> {
         let adapted: Vec<(&ProjectionBackward, &LoraBackward)> = projections
             .iter()
@@ -392,7 +434,7 @@ impl Lowering<'_> {
             self.expect("linear_backward", &[lora.grad_a, lora.grad_b], DType::F32)?;
             let grad_output = self.columns(projection.grad_output);
             let scale = Alpha::Device(self.address(lora.scale));
-            self.product(Product {
+            let grad_middle = Product {
                 left: grad_output,
                 left_transposed: false,
                 right: self.matrix(lora.b),
@@ -400,8 +442,9 @@ impl Lowering<'_> {
                 output: self.columns(lora.grad_middle),
                 alpha: scale,
                 accumulate: false,
-            })?;
-            self.product(Product {
+            };
+            self.product_on(grad_middle, lanes[0])?;
+            let grad_b = Product {
                 left: grad_output,
                 left_transposed: true,
                 right: self.columns(lora.middle),
@@ -409,12 +452,14 @@ impl Lowering<'_> {
                 output: self.matrix(lora.grad_b),
                 alpha: scale,
                 accumulate: true,
-            })?;
+            };
+            self.product_on(grad_b, lanes[1])?;
         }
+        self.order(lanes[0], Lane::Main)?;
         let plain: Vec<&LoraBackward> =
             adapted.iter().map(|(_, lora)| *lora).filter(|lora| lora.dropout.is_none()).collect();
         let pairs = plain.iter().map(|lora| (self.matrix(lora.grad_a), self.columns(lora.grad_middle))).collect();
-        self.weight_gradients(x, pairs)?;
+        self.weight_gradients(x, pairs, lanes[0])?;
         if let Some(grad_input) = grad_input {
             for branch in self.grad_input_branches(grad_input, projections) {
                 let accumulate = branch.accumulate || !branch_first;

@@ -10,11 +10,12 @@ mod head;
 mod linear;
 mod optimizer;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::command::{Command, Launch, Slot};
 use super::compile::{Kernels, Variant};
-use super::driver::{Card, DeviceMemory, unsupported};
+use super::driver::{Card, DeviceMemory, Event, Lane, failed, unsupported};
 use super::memory::Memory;
 use super::product::{Matrix, Product, Products};
 use super::tables::Tables;
@@ -31,6 +32,8 @@ pub(super) struct Lowering<'a> {
     /// Tables that launches point to; they live as long as the session.
     pub kept: &'a mut Vec<DeviceMemory>,
     commands: Vec<Command>,
+    /// Copies on their way, by the buffer in the host's memory.
+    copying: HashMap<BufferId, Arc<Event>>,
 }
 
 impl<'a> Lowering<'a> {
@@ -43,7 +46,7 @@ impl<'a> Lowering<'a> {
         tables: &'a Tables,
         kept: &'a mut Vec<DeviceMemory>,
     ) -> Self {
-        Self { card, workload, memory, kernels, products, tables, kept, commands: Vec::new() }
+        Self { card, workload, memory, kernels, products, tables, kept, commands: Vec::new(), copying: HashMap::new() }
     }
 
     /// The launches of one operation.
@@ -62,6 +65,10 @@ impl<'a> Lowering<'a> {
             | Op::GatherRows { .. }
             | Op::Cast { .. }
             | Op::Zero { .. } => self.elementwise(op)?,
+            Op::Wait { buffers } => {
+                let arrived: Vec<Arc<Event>> = buffers.iter().filter_map(|id| self.copying.remove(id)).collect();
+                self.commands.extend(arrived.into_iter().map(|event| Command::Hold(event, Lane::Main)));
+            }
             Op::Linear { input, projections } => self.linear(*input, projections)?,
             Op::LinearBackward { input, grad_input, projections } => {
                 self.linear_backward(*input, *grad_input, projections)?;
@@ -118,9 +125,35 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
+    /// The end of a program.
+    ///
+    /// # Errors
+    /// When a copy was started that nothing waits for: the workload is wrong.
+    pub fn end(&self, program: &str) -> Result<(), EngineError> {
+        match self.copying.keys().next() {
+            Some(id) => Err(failed(format!("{program} does not wait for {}", self.workload.buffer(*id).name))),
+            None => Ok(()),
+        }
+    }
+
     fn product(&mut self, product: Product) -> Result<(), EngineError> {
-        let prepared = self.products.prepare(product)?;
-        self.commands.push(Command::Product(Box::new(prepared)));
+        self.product_on(product, Lane::Main)
+    }
+
+    fn product_on(&mut self, product: Product, lane: Lane) -> Result<(), EngineError> {
+        let prepared = self.products.prepare(product, lane)?;
+        self.commands.push(Command::Product(Box::new(prepared), lane));
+        Ok(())
+    }
+
+    /// Lets `to` go on only when `from` has come to this point.
+    fn order(&mut self, from: Lane, to: Lane) -> Result<(), EngineError> {
+        if from == to {
+            return Ok(());
+        }
+        let mark = Arc::new(Event::mark(self.card)?);
+        self.commands.push(Command::Mark(mark.clone(), from));
+        self.commands.push(Command::Hold(mark, to));
         Ok(())
     }
 

@@ -115,6 +115,8 @@ impl<'a> Lowering<'a> {
             }
             Op::Attention { .. } | Op::AttentionBackward { .. } | Op::CachedAttention { .. } => self.attention(op),
             Op::LinearCrossEntropy { .. } => self.linear_cross_entropy(op),
+            // Copies run in order.
+            Op::Wait { .. } => Ok(()),
             Op::Cast { .. } | Op::Zero { .. } | Op::GradientNorm { .. } | Op::AdamW { .. } => self.optimizer(op),
         }
     }
