@@ -161,6 +161,50 @@ fn put_b(n4: u32, k4: u32, block: mat4x4<f32>) {
 #end
 }
 
+// Block number `i` of a tile, four rows by four columns; a thread may be one too many for the last round.
+fn stage_a(i: u32, row0: u32, k0: u32) {
+#if A_PARTIAL
+  if (i >= BM * BK / 16u) { return; }
+#end
+#if A_BY_K
+  let m4 = i / (BK / 4u);
+  let k4 = i % (BK / 4u);
+#else
+  let m4 = i % (BM / 4u);
+  let k4 = i / (BM / 4u);
+#end
+  put_a(m4, k4, a_block(row0 + m4 * 4u, k0 + k4 * 4u));
+}
+fn stage_b(i: u32, column0: u32, k0: u32, extra: u32) {
+#if B_PARTIAL
+  if (i >= BN * BK / 16u) { return; }
+#end
+#if B_BY_K
+  let n4 = i / (BK / 4u);
+  let k4 = i % (BK / 4u);
+#else
+  let n4 = i % (BN / 4u);
+  let k4 = i / (BN / 4u);
+#end
+  put_b(n4, k4, b_block(column0 + n4 * 4u, k0 + k4 * 4u, extra));
+}
+#if SECOND
+fn stage_a2(i: u32, row0: u32, k0: u32, extra: u32) {
+#if A_PARTIAL
+  if (i >= BM * BK / 16u) { return; }
+#end
+  let k4 = i % (BK / 4u);
+  put_a(i / (BK / 4u), k4, a2_block(row0 + (i / (BK / 4u)) * 4u, k0 + k4 * 4u, extra));
+}
+fn stage_b2(i: u32, column0: u32, k0: u32) {
+#if B_PARTIAL
+  if (i >= BN * BK / 16u) { return; }
+#end
+  let k4 = i % (BK / 4u);
+  put_b(i / (BK / 4u), k4, b2_block(column0 + (i / (BK / 4u)) * 4u, k0 + k4 * 4u));
+}
+#end
+
 fn store4(row: u32, column: u32, sum: vec4<f32>, layer: u32) {
   if (row >= p.m || column >= p.n) { return; }
 #if SPLIT
@@ -243,34 +287,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #if SECOND
     if (step >= first_steps) {
       let k2 = (step - first_steps) * BK;
-      for (var i = thread; i < BM * BK / 16u; i += THREADS) {
-        put_a(i / (BK / 4u), i % (BK / 4u), a2_block(row0 + (i / (BK / 4u)) * 4u, k2 + (i % (BK / 4u)) * 4u, extra));
-      }
-      for (var i = thread; i < BN * BK / 16u; i += THREADS) {
-        put_b(i / (BK / 4u), i % (BK / 4u), b2_block(column0 + (i / (BK / 4u)) * 4u, k2 + (i % (BK / 4u)) * 4u));
-      }
+#for r A_ROUNDS
+      stage_a2(thread + {r}u * THREADS, row0, k2, extra);
+#end
+#for r B_ROUNDS
+      stage_b2(thread + {r}u * THREADS, column0, k2);
+#end
     } else {
 #end
-      for (var i = thread; i < BM * BK / 16u; i += THREADS) {
-#if A_BY_K
-        let m4 = i / (BK / 4u);
-        let k4 = i % (BK / 4u);
-#else
-        let m4 = i % (BM / 4u);
-        let k4 = i / (BM / 4u);
+#for r A_ROUNDS
+      stage_a(thread + {r}u * THREADS, row0, k0);
 #end
-        put_a(m4, k4, a_block(row0 + m4 * 4u, k0 + k4 * 4u));
-      }
-      for (var i = thread; i < BN * BK / 16u; i += THREADS) {
-#if B_BY_K
-        let n4 = i / (BK / 4u);
-        let k4 = i % (BK / 4u);
-#else
-        let n4 = i % (BN / 4u);
-        let k4 = i / (BN / 4u);
+#for r B_ROUNDS
+      stage_b(thread + {r}u * THREADS, column0, k0, extra);
 #end
-        put_b(n4, k4, b_block(column0 + n4 * 4u, k0 + k4 * 4u, extra));
-      }
 #if SECOND
     }
 #end

@@ -29,3 +29,5 @@ cargo clippy --release --all-targets -- -D warnings
 cargo test --release -- --test-threads=2
 # The tiny models' golden numbers again on software Vulkan.
 TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f32 cargo test --release --test golden -- --test-threads=1 tiny
+# And the first two of SmolLM2's golden LoRA steps there.
+TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f32 TUNE_TEST_STEPS=2 cargo test --release --test golden -- smollm2_takes_the_golden_lora_steps

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
 use super::kernel::Kernel;
-use super::lower::{Dispatch, Facts, Lowering};
+use super::lower::{Dispatch, Facts, Lowering, SOFTWARE_LOOP_LIMIT};
 use super::storage::{Place, Storage};
 use super::{tables, upload};
 use crate::backend::{EngineError, Session, WeightSource};
@@ -78,6 +78,7 @@ impl WgpuSession {
             binding: binding_limit(&gpu.limits),
             workgroup_bytes: gpu.limits.max_compute_workgroup_storage_size,
             workgroups: if software { 4 } else { 256 },
+            loop_limit: software.then_some(SOFTWARE_LOOP_LIMIT),
         };
         let largest = SLAB_BYTES.min(facts.binding).min(gpu.limits.max_buffer_size);
         let storage = Storage::new(&plan, largest, facts.f16 && plan.target.compute == DType::F16);

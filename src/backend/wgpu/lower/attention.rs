@@ -27,6 +27,7 @@ impl Lowering<'_> {
                 self.bind(&mut call, "document_start", &self.view(*document_start));
                 self.bind_as(&mut call, "output", &output, vector);
                 self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
+                call.iterations(qkv.rows.div_ceil(TILE) * tile_iterations(shape, 1, 1));
                 self.launch(call, [qkv.rows.div_ceil(tile), shape.heads, 1])
             }
             Op::AttentionBackward {
@@ -63,9 +64,12 @@ impl Lowering<'_> {
                     self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
                     self.bind(&mut call, "delta", &delta);
                     self.bind_as(&mut call, "grad_qkv", &self.view(*grad_qkv), vector);
+                    let mut rounds = tile_iterations(shape, 2, 1);
                     if file == files[1] {
                         self.bind(&mut call, "document_end", &self.view(*document_end));
+                        rounds = tile_iterations(shape, 2, 2) * shape.heads / shape.kv_heads;
                     }
+                    call.iterations(qkv.rows.div_ceil(TILE) * rounds);
                     self.launch(call, [qkv.rows.div_ceil(tile), heads, 1])?;
                 }
                 Ok(())
@@ -90,6 +94,7 @@ impl Lowering<'_> {
                 self.bind(&mut call, "output", &output);
                 call.number("stride", qkv.stride).number("columns", key.stride).number("capacity", key.rows);
                 call.number("output_stride", output.stride);
+                call.iterations(key.rows.div_ceil(64) * (shape.head_dim + 2 * 64 + 4));
                 self.launch(call, [qkv.rows, shape.heads, 1])
             }
             _ => unreachable!("not attention"),
@@ -134,6 +139,11 @@ fn options(call: &mut Call, shape: &AttentionShape) {
     if let Some(softcap) = shape.softcap {
         call.constant("SOFTCAP", 1).float("softcap", softcap);
     }
+}
+
+/// Iterations of loops that a tile takes: `scores` products that sum over the head, `sums` over the tile.
+fn tile_iterations(shape: &AttentionShape, scores: usize, sums: usize) -> usize {
+    1 + scores * (shape.head_dim.div_ceil(32) + 1) + 33 * (2 + sums * shape.head_dim.div_ceil(64))
 }
 
 fn by_fours(shape: &AttentionShape, qkv: &View) -> bool {

@@ -31,7 +31,13 @@ pub struct Facts {
     pub software: bool,
     /// Workgroups that keep the device busy.
     pub workgroups: u32,
+    /// Iterations, of all loops together, after which the driver ends a shader's loops: Mesa's software adapters do so
+    /// at 65,536 and say nothing.
+    pub loop_limit: Option<usize>,
 }
+
+/// [`Facts::loop_limit`] of software adapters, with room for loops that nobody counts.
+pub const SOFTWARE_LOOP_LIMIT: usize = 60_000;
 
 /// One launch of a kernel.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,6 +82,8 @@ pub struct Call {
     bindings: Vec<(Place, u64, u64)>,
     parameters: Vec<u8>,
     missing: Option<DType>,
+    /// Of all loops of one thread together, where they grow with the data.
+    iterations: usize,
 }
 
 impl<'a> Lowering<'a> {
@@ -165,6 +173,7 @@ impl<'a> Lowering<'a> {
             bindings: Vec::new(),
             parameters: Vec::new(),
             missing: None,
+            iterations: 0,
         }
     }
 
@@ -173,6 +182,13 @@ impl<'a> Lowering<'a> {
         let file = call.kernel.file;
         if let Some(dtype) = call.missing {
             return Err(unsupported(format!("{file} on a {} buffer", dtype.name())));
+        }
+        if let Some(limit) = self.facts.loop_limit.filter(|&limit| call.iterations > limit) {
+            return Err(unsupported(format!(
+                "{file} takes {} iterations: this software adapter ends loops after {limit}; choose a smaller \
+                 micro-batch or shorter rows",
+                call.iterations
+            )));
         }
         if let Some(&(_, _, bytes)) = call.bindings.iter().find(|binding| binding.2 > self.facts.binding) {
             return Err(unsupported(format!(
@@ -258,6 +274,12 @@ impl Call {
         if on {
             self.constant(name, 1);
         }
+        self
+    }
+
+    /// Iterations of all loops of one thread, at most.
+    fn iterations(&mut self, count: usize) -> &mut Self {
+        self.iterations = count;
         self
     }
 

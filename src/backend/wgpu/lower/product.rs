@@ -151,6 +151,10 @@ impl Tile {
         match self.share {
             Share::Threads { tm4, tn4 } => {
                 call.constant("TM4", tm4 as u32).constant("TN4", tn4 as u32);
+                let threads = (bm / (tm4 * 4)) * (bn / (tn4 * 4));
+                let (a, b) = (bm * bk / 16, bn * bk / 16);
+                call.constant("A_ROUNDS", a.div_ceil(threads) as u32).flag("A_PARTIAL", !a.is_multiple_of(threads));
+                call.constant("B_ROUNDS", b.div_ceil(threads) as u32).flag("B_PARTIAL", !b.is_multiple_of(threads));
             }
             Share::Subgroups { down, across } => {
                 let threads = down * across * 32;
@@ -162,6 +166,11 @@ impl Tile {
                 call.constant("B_LOADS", (bn * bk / 4 / threads) as u32);
             }
         }
+    }
+
+    /// Iterations of loops that a step takes, with the tests that end them.
+    fn iterations(&self) -> usize {
+        2 + self.bk
     }
 
     fn is_cooperative(&self) -> bool {
@@ -191,6 +200,10 @@ impl Lowering<'_> {
             (wanted / tiles).min(most).clamp(1, 64)
         } else {
             1
+        };
+        let splits = match self.facts.loop_limit {
+            Some(limit) if splittable => splits.max((steps * tile.iterations()).div_ceil(limit)),
+            _ => splits,
         };
         let split_steps = steps.div_ceil(splits);
         let splits = steps.div_ceil(split_steps.max(1)).max(1);
@@ -246,6 +259,8 @@ impl Lowering<'_> {
             alpha *= self.bind_scaling(&mut call, &product.scaling);
         }
         call.float("alpha", alpha);
+        let second_steps = product.second.map_or(0, |second| second.k.div_ceil(tile.bk));
+        call.iterations((split_steps + second_steps) * tile.iterations());
         self.launch(call, [product.n.div_ceil(tile.bn), product.m.div_ceil(tile.bm), splits])?;
         if splits > 1 {
             let target = View { width: product.n, rows: product.m, ..product.c };

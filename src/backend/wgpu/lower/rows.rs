@@ -32,6 +32,7 @@ impl Lowering<'_> {
                     let unscale = self.bind_unscale(&mut call, grad_output.dtype);
                     call.number("first", first).number("rows", part.rows).number("columns", part.stride);
                     call.number("tokens", ids.elements()).float("scale", *scale * unscale);
+                    call.iterations((part.stride.div_ceil(128) + 1) * (ids.elements() + 2));
                     self.launch(call, [ids.elements(), 1, 1])?;
                 }
                 Ok(())
