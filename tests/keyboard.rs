@@ -1,13 +1,13 @@
 //! The program itself in a pseudo-terminal, by keyboard alone, with the embedded model.
 
+mod hub_server;
 mod pty;
 
-use std::io::Write;
 use std::path::Path;
 use std::process::Command;
-use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use hub_server::{COMMIT, HubServer};
 use pty::{PATIENCE, Workbench};
 
 fn tune(home: &Path, arguments: &[&str]) -> String {
@@ -114,77 +114,11 @@ fn a_wrong_keymap_is_named_before_the_terminal_is_taken() {
     assert!(workbench.is_restored());
 }
 
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-
-/// A server that speaks as much of the hub's protocol as search and download need; gives its address and the paths
-/// asked for.
-fn hub_server(folder: std::path::PathBuf) -> (String, Receiver<String>) {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
-    let (sender, asked) = channel();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let (folder, sender) = (folder.clone(), sender.clone());
-            std::thread::spawn(move || serve(stream, &folder, &sender));
-        }
-    });
-    (address, asked)
-}
-
-fn serve(mut stream: std::net::TcpStream, folder: &Path, asked: &std::sync::mpsc::Sender<String>) -> Option<()> {
-    use std::io::{BufRead, BufReader};
-    let mut reader = BufReader::new(stream.try_clone().ok()?);
-    let mut request = String::new();
-    reader.read_line(&mut request).ok()?;
-    let mut header = String::new();
-    while reader.read_line(&mut header).ok()? > 2 {
-        header.clear();
-    }
-    let (method, path) = request.trim_end().rsplit_once(' ')?.0.split_once(' ')?;
-    let _ = asked.send(format!("{method} {path}"));
-    let json = |text: String| ("application/json", text.into_bytes());
-    let found = match path.split('?').next()? {
-        "/api/models" => Some(json(
-            r#"[{"id":"tiny/llama","downloads":4321,"tags":["license:mit"],"config":{"model_type":"llama"},
-                "safetensors":{"parameters":{"F32":100000},"total":100000}}]"#
-                .into(),
-        )),
-        "/api/models/tiny/llama/revision/main" => Some(json(format!(r#"{{"id":"tiny/llama","sha":"{COMMIT}"}}"#))),
-        path if path == format!("/api/models/tiny/llama/tree/{COMMIT}") => {
-            let files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| {
-                let (name, size) = (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().len());
-                format!(r#"{{"type":"file","path":"{name}","size":{size},"oid":"{name}"}}"#)
-            });
-            Some(json(format!("[{}]", files.collect::<Vec<_>>().join(","))))
-        }
-        path => path
-            .strip_prefix(&format!("/tiny/llama/resolve/{COMMIT}/"))
-            .and_then(|name| std::fs::read(folder.join(name)).ok())
-            .map(|bytes| ("application/octet-stream", bytes)),
-    };
-    let (status, (kind, body)) = match found {
-        Some(found) => ("200 OK", found),
-        None => ("404 Not Found", ("text/plain", b"no".to_vec())),
-    };
-    let etag = path.replace(|c: char| !c.is_ascii_alphanumeric(), "");
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: \
-         {COMMIT}\r\nConnection: close\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes()).ok()?;
-    if method != "HEAD" {
-        stream.write_all(&body).ok()?;
-    }
-    Some(())
-}
-
 #[test]
 fn a_model_of_the_hub_is_found_fetched_and_chosen() {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny/llama");
-    let (address, asked) = hub_server(fixture);
+    let server = HubServer::start();
     let home = tempfile::tempdir().unwrap();
-    let mut workbench = Workbench::open_in(home.path(), &[], &[("HF_ENDPOINT", &address)]);
+    let mut workbench = Workbench::open_in(home.path(), &[], &[("HF_ENDPOINT", &server.address)]);
     workbench.see("fits");
     workbench.press("h");
     workbench.see("search the hub");
@@ -197,19 +131,29 @@ fn a_model_of_the_hub_is_found_fetched_and_chosen() {
     assert!(snapshot.join("config.json").is_file() && snapshot.join("tokenizer.json").is_file());
     workbench.press("1");
     workbench.see("cache");
-    let asked: Vec<String> = asked.try_iter().collect();
-    assert!(asked.iter().any(|line| line.starts_with("GET /api/models?search=llama")), "{asked:?}");
-    assert!(!asked.iter().any(|line| line.contains("golden.json")), "only what training needs: {asked:?}");
+    let asked = server.asked();
+    assert!(asked.iter().any(|asked| asked.line.starts_with("GET /api/models?search=llama")), "{asked:?}");
+    // And a dataset for it.
+    workbench.press("2h");
+    workbench.see("search the hub");
+    workbench.press("rows\r");
+    workbench.see("hub 765");
+    workbench.press("\r");
+    workbench.see("= question");
+    workbench.see("what is");
+    let snapshot = home.path().join("hub/datasets--tiny--rows/snapshots").join(COMMIT);
+    assert!(snapshot.join("train.jsonl").is_file());
+    assert!(server.asked().iter().any(|asked| asked.line.starts_with("GET /api/datasets?search=rows")));
 }
 
 #[test]
 fn offline_the_hub_is_not_asked() {
-    let (address, asked) = hub_server(std::env::temp_dir());
+    let server = HubServer::start();
     let home = tempfile::tempdir().unwrap();
-    let environment = [("HF_ENDPOINT", address.as_str()), ("HF_HUB_OFFLINE", "1")];
+    let environment = [("HF_ENDPOINT", server.address.as_str()), ("HF_HUB_OFFLINE", "1")];
     let mut workbench = Workbench::open_in(home.path(), &[], &environment);
     workbench.see("fits");
     workbench.press("hllama\r");
     workbench.see("HF_HUB_OFFLINE is set");
-    assert_eq!(asked.try_iter().count(), 0);
+    assert!(server.asked().is_empty());
 }

@@ -186,6 +186,7 @@ impl Target {
     fn of_model(id: &str) -> anyhow::Result<Self> {
         let mut spec = RunSpec::default();
         spec.model.id = id.into();
+        super::fetch::missing(&spec)?;
         let (model, tokenizer) = train::open_model(&spec)?;
         Ok(Self { name: id.into(), model, tokenizer, adapter: None, template: "auto".into(), system: None })
     }

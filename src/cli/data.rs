@@ -60,6 +60,7 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
     if let Some(model) = &args.model {
         spec.model.id.clone_from(model);
     }
+    super::fetch::missing(&spec)?;
     let (tokenizer, model) = open_tokenizer(&spec)?;
     let progress = ProgressLine::new();
     let preview = Preview::open(&spec.data, spec.train.seed, &tokenizer, &|now| progress.show(now));

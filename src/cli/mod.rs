@@ -8,6 +8,7 @@ pub mod data;
 pub mod demo;
 pub mod describe;
 pub mod doctor;
+pub mod fetch;
 pub mod logs;
 pub mod new;
 pub mod paint;

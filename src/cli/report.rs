@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::paint::{Stream, Tone, paint};
 use crate::data::DataError;
 use crate::hub::HubError;
+use crate::hub::fetch::FetchError;
 use crate::model::ModelError;
 use crate::run::RunError;
 use crate::run::worker::exit;
@@ -59,6 +60,12 @@ fn describe(error: &anyhow::Error) -> (String, u8) {
         (error.to_string(), error.hint(), code)
     } else if let Some(error) = error.downcast_ref::<HubError>() {
         (error.to_string(), error.hint(), exit::REQUEST)
+    } else if let Some(error) = error.downcast_ref::<FetchError>() {
+        let code = match error {
+            FetchError::Refused { .. } | FetchError::NoId { .. } | FetchError::Nothing { .. } => exit::REQUEST,
+            _ => exit::FAILED,
+        };
+        (error.to_string(), error.hint().into(), code)
     } else if let Some(error) = error.downcast_ref::<TrainError>() {
         (error.to_string(), error.hint(), if error.is_request() { exit::REQUEST } else { exit::FAILED })
     } else if let Some(error) = error.downcast_ref::<DataError>() {

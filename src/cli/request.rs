@@ -26,7 +26,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// The spec that is asked for, checked but not resolved.
+    /// The spec that is asked for, checked but not resolved; what it names on the hub is here by then.
     ///
     /// # Errors
     /// When nothing is asked for, the file cannot be read, or a key or value is wrong.
@@ -43,6 +43,7 @@ impl Request {
             None => RunSpec::default(),
         };
         spec.apply(&self.all_settings())?;
+        super::fetch::missing(&spec)?;
         Ok(spec)
     }
 

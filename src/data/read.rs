@@ -125,6 +125,13 @@ fn kind(path: &Path) -> Option<Kind> {
     })
 }
 
+/// Whether [`read`] reads files of this name, and the file is data rather than a word about it.
+pub fn is_readable(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let about = NOT_DATA.contains(&name) || name.starts_with('.') || name.to_ascii_lowercase().starts_with("readme");
+    !about && kind(path).is_some_and(|kind| kind != Kind::Parquet)
+}
+
 fn parquet(path: &Path) -> DataError {
     DataError::Unsupported {
         path: path.display().to_string(),

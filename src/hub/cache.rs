@@ -67,3 +67,14 @@ pub fn cached_models() -> Vec<(String, PathBuf)> {
     found.sort();
     found
 }
+
+/// Ids of the datasets of the cache, by name.
+pub fn cached_datasets() -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(folder()) else { return Vec::new() };
+    let id =
+        |entry: std::fs::DirEntry| Some(entry.file_name().to_str()?.strip_prefix("datasets--")?.replace("--", "/"));
+    let mut found: Vec<String> = entries.flatten().filter_map(id).collect();
+    found.retain(|id| snapshot("datasets", id, "").is_ok());
+    found.sort();
+    found
+}

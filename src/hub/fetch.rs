@@ -1,14 +1,13 @@
 //! The Hugging Face hub over the network: search and download.
 //!
 //! `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_CACHE` are followed as in Python; with `HF_HUB_OFFLINE` set nothing
-//! is asked. A download that was cut off goes on with the files that are missing.
+//! is asked. A download that was cut off goes on at the byte where it was ([`super::download`]).
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Mutex;
 
-use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
-use hf_hub::{HFClientSync, HFError, split_id};
+use hf_hub::{HFClient, HFClientSync, HFError, split_id};
+
+use super::download::{self, Order};
 
 /// Files of a model repository that training needs; pickles are never fetched.
 const NEEDED: [&str; 10] = [
@@ -38,13 +37,24 @@ pub enum FetchError {
     Refused { what: String, source: Box<HFError> },
     #[error("the hub failed at {what}: {source}")]
     Failed { what: String, source: Box<HFError> },
+    #[error("none of the {files} files of {id} on the hub is of use here")]
+    Nothing { id: String, files: usize },
+    #[error("{id} is being fetched by another process")]
+    Busy { id: String },
+    #[error("{file} of {id} did not come as the hub has it")]
+    Damaged { id: String, file: String },
+    #[error("{path} cannot be written: {source}", path = path.display())]
+    NotWritable { path: PathBuf, source: std::io::Error },
 }
 
 impl FetchError {
-    fn of(what: String, error: HFError) -> Self {
+    pub(super) fn of(what: String, error: HFError) -> Self {
         let source = Box::new(error);
         match *source {
             HFError::AuthRequired { .. } | HFError::Forbidden { .. } | HFError::RepoNotFound { .. } => {
+                FetchError::Refused { what, source }
+            }
+            HFError::Http { ref context } if matches!(context.status.as_u16(), 401 | 403 | 404) => {
                 FetchError::Refused { what, source }
             }
             _ => FetchError::Failed { what, source },
@@ -56,12 +66,45 @@ impl FetchError {
         match self {
             FetchError::Offline => "unset it, or name a model folder",
             FetchError::NoId { .. } => "",
-            FetchError::Refused { .. } => "for a gated or private model accept its terms and set HF_TOKEN",
+            FetchError::Nothing { .. } => {
+                "a model needs config.json and safetensors; of datasets JSON, JSONL, CSV and text are read, parquet is not yet"
+            }
+            FetchError::Busy { .. } => "wait for it, then choose it again",
+            FetchError::Damaged { .. } => "it was removed; fetch it again",
+            FetchError::NotWritable { .. } => "HF_HOME or HF_HUB_CACHE says where the cache is",
+            FetchError::Refused { .. } => {
+                "see that the name is right; for what is gated or private accept its terms and set HF_TOKEN"
+            }
             FetchError::Failed { .. } => {
-                "see the network, or HF_ENDPOINT; what was fetched stays and is not fetched again"
+                "see the network, or HF_ENDPOINT; what was fetched stays, and the next attempt goes on from there"
             }
         }
     }
+}
+
+impl FetchError {
+    /// The error and what to do next, on one line.
+    pub fn with_hint(&self) -> String {
+        match self.hint() {
+            "" => self.to_string(),
+            hint => format!("{self}; {hint}"),
+        }
+    }
+}
+
+/// What a repository of the hub holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repository {
+    Model,
+    Dataset,
+}
+
+/// A dataset that the hub knows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FoundDataset {
+    pub id: String,
+    pub license: String,
+    pub downloads: u64,
 }
 
 /// A model that the hub knows.
@@ -76,9 +119,14 @@ pub struct FoundModel {
     pub downloads: u64,
 }
 
-fn client() -> Result<HFClientSync, FetchError> {
+/// Whether `HF_HUB_OFFLINE` forbids to ask the hub.
+pub fn is_offline() -> bool {
     let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default();
-    if !matches!(offline.to_ascii_lowercase().as_str(), "" | "0" | "false" | "no" | "off") {
+    !matches!(offline.to_ascii_lowercase().as_str(), "" | "0" | "false" | "no" | "off")
+}
+
+fn client() -> Result<HFClientSync, FetchError> {
+    if is_offline() {
         return Err(FetchError::Offline);
     }
     HFClientSync::new().map_err(|error| FetchError::of("the start of a client".into(), error))
@@ -103,7 +151,7 @@ pub fn search_models(query: &str) -> Result<Vec<FoundModel>, FetchError> {
         .into_iter()
         .map(|model| {
             let tags = model.tags.unwrap_or_default();
-            let license = tags.iter().find_map(|tag| tag.strip_prefix("license:")).unwrap_or_default().to_owned();
+            let license = license(&tags);
             let config = model.config.as_ref().and_then(|config| config.get("model_type")?.as_str().map(str::to_owned));
             let weights = model.safetensors.as_ref();
             FoundModel {
@@ -119,6 +167,31 @@ pub fn search_models(query: &str) -> Result<Vec<FoundModel>, FetchError> {
         .collect())
 }
 
+/// Datasets whose names match, most downloaded first.
+///
+/// # Errors
+/// When the hub is not to be asked, cannot be reached, or refuses.
+pub fn search_datasets(query: &str) -> Result<Vec<FoundDataset>, FetchError> {
+    let found = client()?
+        .list_datasets()
+        .search(query)
+        .sort("downloads")
+        .full(true)
+        .limit(FOUND)
+        .send()
+        .map_err(|error| FetchError::of(format!("the search for \"{query}\""), error))?;
+    let dataset = |found: hf_hub::repository::DatasetInfo| FoundDataset {
+        id: found.id,
+        license: license(&found.tags.unwrap_or_default()),
+        downloads: found.downloads.unwrap_or(0),
+    };
+    Ok(found.into_iter().map(dataset).collect())
+}
+
+fn license(tags: &[String]) -> String {
+    tags.iter().find_map(|tag| tag.strip_prefix("license:")).unwrap_or_default().to_owned()
+}
+
 fn bits(dtype: &str) -> u64 {
     match dtype {
         "F64" | "I64" => 64,
@@ -129,50 +202,71 @@ fn bits(dtype: &str) -> u64 {
     }
 }
 
-/// Bytes had so far, file by file: events only tell what changed.
-struct Bytes<'a> {
-    files: Mutex<(u64, HashMap<String, u64>)>,
-    tell: Box<dyn Fn(u64, u64) + Send + Sync + 'a>,
-}
-
-impl ProgressHandler for Bytes<'_> {
-    fn on_progress(&self, event: &ProgressEvent) {
-        let ProgressEvent::Download(event) = event else { return };
-        let Ok(mut files) = self.files.lock() else { return };
-        match event {
-            DownloadEvent::Start { total_bytes, .. } => files.0 = *total_bytes,
-            DownloadEvent::Progress { files: changed } => {
-                for file in changed {
-                    files.1.insert(file.filename.clone(), file.bytes_completed);
-                }
+/// Whether a path of a model repository matches one of [`NEEDED`]; copies in folders are for other programs.
+fn is_needed(path: &str) -> bool {
+    !path.contains('/')
+        && NEEDED.iter().any(|pattern| match pattern.split_once('*') {
+            Some((start, end)) => {
+                path.len() >= start.len() + end.len() && path.starts_with(start) && path.ends_with(end)
             }
-            _ => return,
-        }
-        (self.tell)(files.1.values().sum(), files.0);
-    }
+            None => path == *pattern,
+        })
 }
 
-/// Fetches what training needs of a model into the Hugging Face cache; gives its folder there. `tell` gets bytes had
-/// and bytes in all.
+/// Fetches what training needs of a model, or the readable files of a dataset, into the Hugging Face cache; gives the
+/// folder there. `tell` gets bytes had and bytes in all.
 ///
 /// # Errors
-/// When the hub is not to be asked, cannot be reached, or refuses.
-pub fn download_model(
+/// When the hub is not to be asked, cannot be reached or refuses, or the cache cannot be written.
+pub fn download(
+    repository: Repository,
     id: &str,
     revision: &str,
-    tell: impl Fn(u64, u64) + Send + Sync + 'static,
+    tell: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<PathBuf, FetchError> {
     if !super::is_id(id) {
         return Err(FetchError::NoId { id: id.to_owned() });
     }
+    if is_offline() {
+        return Err(FetchError::Offline);
+    }
+    let started = |error| FetchError::of("the start of a client".into(), error);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|error| started(HFError::from(error)))?;
+    let client = HFClient::new().map_err(started)?;
     let (owner, name) = split_id(id);
-    let progress = Bytes { files: Mutex::default(), tell: Box::new(tell) };
-    client()?
-        .model(owner, name)
-        .snapshot_download()
-        .maybe_revision((!revision.is_empty()).then(|| revision.to_owned()))
-        .allow_patterns(NEEDED.map(str::to_owned).to_vec())
-        .progress(progress)
-        .send()
-        .map_err(|error| FetchError::of(format!("the download of {id}"), error))
+    let folder = runtime.block_on(async {
+        match repository {
+            Repository::Model => {
+                let order = Order { kind: "models", id, revision, wanted: &is_needed, tell };
+                download::snapshot(&client.model(owner, name), &order).await
+            }
+            Repository::Dataset => {
+                let readable = |path: &str| crate::data::is_readable(std::path::Path::new(path));
+                let order = Order { kind: "datasets", id, revision, wanted: &readable, tell };
+                download::snapshot(&client.dataset(owner, name), &order).await
+            }
+        }
+    });
+    // Threads that still talk to the hub are not waited for.
+    runtime.shutdown_background();
+    folder
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_training_needs_of_a_model() {
+        for path in ["config.json", "model-00001-of-00002.safetensors", "tokenizer_config.json", "chat_template.jinja"]
+        {
+            assert!(is_needed(path), "{path}");
+        }
+        for path in
+            ["pytorch_model.bin", "original/model.safetensors", "README.md", "config.json.bak", "onnx/model.onnx"]
+        {
+            assert!(!is_needed(path), "{path}");
+        }
+    }
 }

@@ -1,11 +1,12 @@
 //! Models and datasets: local folders, the Hugging Face cache, the hub.
 
 mod cache;
+pub mod download;
 pub mod fetch;
 
 use std::path::{Path, PathBuf};
 
-pub use cache::cached_models;
+pub use cache::{cached_datasets, cached_models};
 
 /// Where a model is.
 #[derive(Clone, Debug, PartialEq, Eq)]

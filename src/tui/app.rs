@@ -18,6 +18,7 @@ use super::screens::tune::TuneScreen;
 use super::theme::{BUILT_IN, Colors, Theme};
 use super::widgets::input::Input;
 use super::widgets::list::fuzzy;
+use crate::hub::fetch::Repository;
 
 /// The steps in their order, and the runs beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -257,8 +258,11 @@ impl App {
             Message::Models(..)
             | Message::Fits { .. }
             | Message::HubModels(..)
-            | Message::Progress { .. }
-            | Message::Downloaded { .. } => self.on_models(message),
+            | Message::Progress { repository: Repository::Model, .. }
+            | Message::Downloaded { repository: Repository::Model, .. } => self.on_models(message),
+            Message::HubDatasets(..) | Message::Progress { .. } | Message::Downloaded { .. } => {
+                self.on_datasets(message)
+            }
             Message::Files(files) => self.data.set_files(files),
             Message::Preview { generation, result } => self.on_preview(generation, result),
             Message::Forecast { generation, result } => self.on_forecast(generation, result),
@@ -550,16 +554,26 @@ impl App {
             Purpose::MapColumns => self.map_column(&text).err(),
             _ if text.is_empty() => None,
             Purpose::HubSearch => {
-                self.model.searching = true;
-                self.ask(Request::SearchHub(text));
+                let repository = if self.step == Step::Data { Repository::Dataset } else { Repository::Model };
+                match repository {
+                    Repository::Model => self.model.searching = true,
+                    Repository::Dataset => self.data.searching = true,
+                }
+                self.ask(Request::SearchHub(repository, text));
                 None
             }
             Purpose::ModelFolder => {
                 self.choose_model(&text);
+                if crate::hub::is_id(&text) {
+                    self.ask(Request::Download(Repository::Model, text));
+                }
                 None
             }
             Purpose::DataPath => {
                 self.choose_data(&text);
+                if crate::hub::is_id(&text) {
+                    self.ask(Request::Download(Repository::Dataset, text));
+                }
                 None
             }
             Purpose::ExportTo => {

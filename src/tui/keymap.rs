@@ -124,6 +124,7 @@ keymap! {
     Data {
         ChooseData    "choose"         ["enter"]              1 "choose"   "Use this file; press again to go on to Tune"
         OpenData      "open"           ["o"]                  2 "path"     "Type a path or a hub dataset"
+        SearchData    "search-hub"     ["h"]                  4 "hub"      "Search the datasets of the Hugging Face hub"
         NextRow       "next-row"       ["n" "right" "l"]      3 "row"      "The next row"
         PreviousRow   "previous-row"   ["p" "left"]           0 "row back" "The row before"
         MapColumns    "map-columns"    ["m"]                  5 "columns"  "Give a column a role: prompt=question"

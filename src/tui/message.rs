@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use crossterm::event::KeyEvent;
 
 use super::history::{History, State};
+use crate::hub::fetch::Repository;
 use crate::monitor::MachineSample;
 use crate::run::{Command, Record};
 use crate::spec::RunSpec;
@@ -17,8 +18,9 @@ use crate::spec::RunSpec;
 pub enum Request {
     /// Models of this machine; their fit follows one by one.
     ListModels,
-    SearchHub(String),
-    Download(String),
+    SearchHub(Repository, String),
+    /// Fetches what is not here yet.
+    Download(Repository, String),
     /// Data files around the working folder.
     ListFiles,
     /// What the data of a run file is like. Only the latest counts.
@@ -126,6 +128,8 @@ pub struct ModelEntry {
 pub struct FileEntry {
     pub path: String,
     pub bytes: u64,
+    /// Downloads, for a dataset of the hub that is not here yet.
+    pub downloads: Option<u64>,
 }
 
 /// How a piece of a row is shown.
@@ -246,13 +250,16 @@ pub enum Message {
         fits: Vec<(&'static str, Fit)>,
     },
     HubModels(Result<Vec<ModelEntry>, String>),
+    HubDatasets(Result<Vec<FileEntry>, String>),
     /// Bytes had and to come of a download.
     Progress {
+        repository: Repository,
         id: String,
         done: u64,
         total: u64,
     },
     Downloaded {
+        repository: Repository,
         id: String,
         result: Result<String, String>,
     },

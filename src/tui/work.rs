@@ -71,7 +71,7 @@ impl Background {
         // A thread that is gone has panicked; its message was printed, and its requests have no answer.
         let _ = match request {
             Request::ListModels | Request::ListFiles => self.catalog.send(request),
-            Request::SearchHub(_) | Request::Download(_) => self.downloads.send(request),
+            Request::SearchHub(..) | Request::Download(..) => self.downloads.send(request),
             Request::Preview { .. } => self.preview.send(request),
             Request::Forecast { .. } => self.forecast.send(request),
             Request::Open(run) => {

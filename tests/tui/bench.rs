@@ -324,10 +324,10 @@ pub fn answer(app: &mut App) {
             match request {
                 Request::ListModels => app.handle(Message::Models(models())),
                 Request::ListFiles => app.handle(Message::Files(vec![
-                    FileEntry { path: "demo".into(), bytes: 0 },
-                    FileEntry { path: "data/alpaca_en_demo.json".into(), bytes: 859_893 },
-                    FileEntry { path: "data/glaive_toolcall_en_demo.json".into(), bytes: 738_925 },
-                    FileEntry { path: "notes.jsonl".into(), bytes: 12_000 },
+                    FileEntry { path: "demo".into(), bytes: 0, downloads: None },
+                    FileEntry { path: "data/alpaca_en_demo.json".into(), bytes: 859_893, downloads: None },
+                    FileEntry { path: "data/glaive_toolcall_en_demo.json".into(), bytes: 738_925, downloads: None },
+                    FileEntry { path: "notes.jsonl".into(), bytes: 12_000, downloads: None },
                 ])),
                 Request::ListRuns => app.handle(Message::Runs(runs())),
                 Request::Preview { generation, .. } => {
@@ -369,8 +369,8 @@ pub fn stocked(mut app: App) -> App {
     app.take_requests();
     press(&mut app, "R");
     app.handle(Message::Files(vec![
-        FileEntry { path: "data/alpaca_en_demo.json".into(), bytes: 859_893 },
-        FileEntry { path: "notes.jsonl".into(), bytes: 12_000 },
+        FileEntry { path: "data/alpaca_en_demo.json".into(), bytes: 859_893, downloads: None },
+        FileEntry { path: "notes.jsonl".into(), bytes: 12_000, downloads: None },
     ]));
     answer(&mut app);
     app

@@ -107,7 +107,7 @@ impl Bench {
     pub fn prepare(&self, mut command: Command, home: &Path, arguments: &[&str]) -> Command {
         command.args(arguments).current_dir(self.path());
         command.env("TUNE_HOME", home).env("XDG_RUNTIME_DIR", self.runtime.path());
-        command.env("HF_HUB_CACHE", self.path().join("cache")).env("RAYON_NUM_THREADS", "1");
+        command.env("HF_HUB_CACHE", self.path().join("cache")).env("HF_HUB_OFFLINE", "1").env("RAYON_NUM_THREADS", "1");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

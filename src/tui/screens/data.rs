@@ -4,10 +4,11 @@ use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
+use crate::hub::fetch::Repository;
 use crate::spec::{DataSource, TrainData, keys};
 use crate::tui::app::{App, Purpose, Step};
 use crate::tui::keymap::Action;
-use crate::tui::message::{FileEntry, PieceKind, Preview, Request, RowView};
+use crate::tui::message::{FileEntry, Message, PieceKind, Preview, Request, RowView};
 use crate::tui::theme::Role;
 use crate::tui::widgets::list::List;
 use crate::tui::widgets::{Look, histogram, take_bottom, take_left, take_top, text, window_start};
@@ -19,7 +20,13 @@ const ROLES: [&str; 7] = ["prompt", "input", "response", "system", "messages", "
 #[derive(Default)]
 pub struct DataScreen {
     pub files: List<FileEntry>,
+    /// Of this machine; results of the hub come after them.
+    local: Vec<FileEntry>,
+    hub: Vec<FileEntry>,
     pub loaded: bool,
+    pub searching: bool,
+    /// Download under way: id, bytes had, bytes in all.
+    pub download: Option<(String, u64, u64)>,
     pub row: usize,
     pub scroll: u16,
 }
@@ -27,7 +34,14 @@ pub struct DataScreen {
 impl DataScreen {
     pub fn set_files(&mut self, files: Vec<FileEntry>) {
         self.loaded = true;
-        self.files.set(files, |file| file.path.clone(), |file| file.path.clone());
+        self.local = files;
+        self.rebuild();
+    }
+
+    fn rebuild(&mut self) {
+        let hub = self.hub.iter().filter(|found| !self.local.iter().any(|file| file.path == found.path));
+        let items = self.local.iter().chain(hub).cloned().collect();
+        self.files.set(items, |file| file.path.clone(), |file| file.path.clone());
     }
 
     pub fn filter(&mut self, text: String) {
@@ -62,17 +76,57 @@ impl App {
         self.refresh_forecast();
     }
 
+    pub(in crate::tui) fn on_datasets(&mut self, message: Message) {
+        match message {
+            Message::HubDatasets(result) => {
+                self.data.searching = false;
+                match result {
+                    Ok(found) => {
+                        self.tell(format!("{} datasets found on the hub", found.len()));
+                        self.data.filter(String::new());
+                        self.data.hub = found;
+                        self.data.rebuild();
+                        self.data.files.select(|file| file.downloads.is_some());
+                    }
+                    Err(error) => self.complain(error),
+                }
+            }
+            Message::Progress { id, done, total, .. } => self.data.download = Some((id, done, total)),
+            Message::Downloaded { id, result, .. } => {
+                self.data.download = None;
+                match result {
+                    Ok(_) => {
+                        self.tell(format!("{id} is here"));
+                        self.ask(Request::ListFiles);
+                        if self.draft.data_name() == id {
+                            self.refresh_preview();
+                        }
+                    }
+                    Err(error) => self.complain(error),
+                }
+            }
+            _ => {}
+        }
+    }
+
     pub(in crate::tui) fn act_data(&mut self, action: Action) -> bool {
         let rows = match &self.draft.preview {
             Some(Ok(preview)) => preview.samples.len(),
             _ => 0,
         };
         match action {
-            Action::ChooseData => match self.data.files.selected().map(|file| file.path.clone()) {
-                Some(path) if path == self.draft.data_name() => self.go(Step::Tune),
-                Some(path) => self.choose_data(&path),
+            Action::ChooseData => match self.data.files.selected().cloned() {
+                Some(file) if file.path == self.draft.data_name() && file.downloads.is_none() => self.go(Step::Tune),
+                Some(file) => {
+                    if file.downloads.is_some() {
+                        self.data.download = Some((file.path.clone(), 0, 0));
+                        self.ask(Request::Download(Repository::Dataset, file.path.clone()));
+                    }
+                    self.choose_data(&file.path);
+                }
                 None => self.complain("no file marked; o takes a path or a hub dataset"),
             },
+            Action::SearchData => self.edit(Purpose::HubSearch, ""),
             Action::OpenData => {
                 let now = self.draft.data_name();
                 self.edit(Purpose::DataPath, &now);
@@ -158,6 +212,7 @@ impl App {
             other => {
                 let inner = look.panel(buffer, rest, "Rows", false);
                 let lines = match other {
+                    _ if self.data.download.is_some() => self.download_lines(inner.width as usize, look),
                     _ if self.draft.previewing => vec![look.line(Role::Dim, "reading the data")],
                     Some(Err(error)) => text::wrap(error, inner.width as usize)
                         .into_iter()
@@ -177,9 +232,22 @@ impl App {
         }
     }
 
+    fn download_lines(&self, width: usize, look: &Look) -> Vec<Line<'static>> {
+        let Some((id, done, total)) = &self.data.download else { return Vec::new() };
+        let words = match total {
+            0 => format!("asking the hub for {id}"),
+            _ => {
+                let share = 100 * done / total;
+                format!("downloading {id}: {} of {} ({share}%)", text::bytes(*done), text::bytes(*total))
+            }
+        };
+        text::wrap(&words, width).into_iter().map(|line| look.line(Role::Warn, line)).collect()
+    }
+
     fn draw_files(&self, area: Rect, buffer: &mut Buffer, look: &Look) {
         let list = &self.data.files;
         let title = match list.filter_text() {
+            "" if self.data.searching => "Files (searching the hub)".to_owned(),
             "" => "Files".to_owned(),
             filter => format!("Files matching \"{filter}\""),
         };
@@ -193,7 +261,11 @@ impl App {
         let start = window_start(list.position(), list.shown().len(), inner.height as usize);
         for (row, file) in list.shown().enumerate().skip(start).take(inner.height as usize) {
             let sign = if file.path == now { look.glyphs.check } else { " " };
-            let bytes = if file.bytes > 0 { text::bytes(file.bytes) } else { String::new() };
+            let bytes = match file.downloads {
+                Some(downloads) => format!("hub {}", text::count(downloads)),
+                None if file.bytes > 0 => text::bytes(file.bytes),
+                None => String::new(),
+            };
             let name = (inner.width as usize).saturating_sub(bytes.len() + 3);
             let path = text::shorten_start(&file.path, name, look.glyphs.ellipsis);
             let line = Line::from(vec![

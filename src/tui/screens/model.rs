@@ -4,6 +4,7 @@ use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
 use ratatui::text::Line;
 
+use crate::hub::fetch::Repository;
 use crate::tui::app::{App, Purpose, Step};
 use crate::tui::keymap::Action;
 use crate::tui::message::{Fit, Message, ModelEntry, Origin, Request};
@@ -75,8 +76,8 @@ impl App {
                     Err(error) => self.complain(error),
                 }
             }
-            Message::Progress { id, done, total } => self.model.download = Some((id, done, total)),
-            Message::Downloaded { id, result } => {
+            Message::Progress { id, done, total, .. } => self.model.download = Some((id, done, total)),
+            Message::Downloaded { id, result, .. } => {
                 self.model.download = None;
                 match result {
                     Ok(_) => {
@@ -106,7 +107,7 @@ impl App {
                 } else {
                     if entry.origin == Origin::Hub {
                         self.model.download = Some((entry.id.clone(), 0, entry.bytes.unwrap_or(0)));
-                        self.ask(Request::Download(entry.id.clone()));
+                        self.ask(Request::Download(Repository::Model, entry.id.clone()));
                     }
                     self.choose_model(&entry.id);
                     self.go(Step::Data);

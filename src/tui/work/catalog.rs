@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 
 use super::forecast;
-use crate::hub;
+use crate::hub::{self, fetch::Repository};
 use crate::model::ModelConfig;
 use crate::spec::RunSpec;
 use crate::tui::message::{FileEntry, Message, ModelEntry, Origin, Request};
@@ -22,24 +22,44 @@ pub fn perform(request: Request, sender: &Sender<Message>) {
     match request {
         Request::ListModels => list_models(sender),
         Request::ListFiles => {
-            let mut files = vec![FileEntry { path: "demo".into(), bytes: 0 }];
+            let mut files = vec![FileEntry { path: "demo".into(), bytes: 0, downloads: None }];
             files.extend(data_files(Path::new(".")));
+            files.extend(hub::cached_datasets().into_iter().map(|id| FileEntry {
+                path: id,
+                bytes: 0,
+                downloads: None,
+            }));
             let _ = sender.send(Message::Files(files));
         }
-        Request::SearchHub(query) => {
+        Request::SearchHub(Repository::Model, query) => {
             let _ = sender.send(Message::HubModels(search(&query)));
         }
-        Request::Download(id) => {
-            let told = sender.clone();
-            let name = id.clone();
-            let result = hub::fetch::download_model(&id, "", move |done, total| {
-                let _ = told.send(Message::Progress { id: name.clone(), done, total });
-            });
-            let result = result.map(|path| path.display().to_string()).map_err(|error| {
-                let hint = error.hint();
-                if hint.is_empty() { error.to_string() } else { format!("{error}; {hint}") }
-            });
-            let _ = sender.send(Message::Downloaded { id, result });
+        Request::SearchHub(Repository::Dataset, query) => {
+            let found = hub::fetch::search_datasets(&query).map_err(|error| error.with_hint());
+            let entry = |found: hub::fetch::FoundDataset| FileEntry {
+                path: found.id,
+                bytes: 0,
+                downloads: Some(found.downloads),
+            };
+            let _ = sender.send(Message::HubDatasets(found.map(|found| found.into_iter().map(entry).collect())));
+        }
+        Request::Download(repository, id) => {
+            let here = match repository {
+                Repository::Model => hub::locate_model(&id, "").is_ok(),
+                Repository::Dataset => crate::data::locate(&id).is_ok(),
+            };
+            if here {
+                return;
+            }
+            let (told, name) = (std::sync::Mutex::new(sender.clone()), id.clone());
+            let tell = move |done, total| {
+                if let Ok(told) = told.lock() {
+                    let _ = told.send(Message::Progress { repository, id: name.clone(), done, total });
+                }
+            };
+            let result = hub::fetch::download(repository, &id, "", &tell).map_err(|error| error.with_hint());
+            let result = result.map(|path| path.display().to_string());
+            let _ = sender.send(Message::Downloaded { repository, id, result });
         }
         _ => {}
     }
@@ -189,14 +209,11 @@ fn data_files(root: &Path) -> Vec<FileEntry> {
             }
         }
     });
-    files.into_iter().map(|((_, path), bytes)| FileEntry { path, bytes }).take(ENTRIES).collect()
+    files.into_iter().map(|((_, path), bytes)| FileEntry { path, bytes, downloads: None }).take(ENTRIES).collect()
 }
 
 fn search(query: &str) -> Result<Vec<ModelEntry>, String> {
-    let found = hub::fetch::search_models(query).map_err(|error| {
-        let hint = error.hint();
-        if hint.is_empty() { error.to_string() } else { format!("{error}; {hint}") }
-    })?;
+    let found = hub::fetch::search_models(query).map_err(|error| error.with_hint())?;
     Ok(found
         .into_iter()
         .map(|model| ModelEntry {
