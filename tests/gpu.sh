@@ -5,7 +5,8 @@
 # TUNE_CASES limits the operations to cases whose name contains it. SANITIZE="memcheck racecheck" runs them under the tools
 # of compute-sanitizer too, those that SANITIZE_CASES names (all), each for at most SANITIZE_LIMIT seconds (200).
 # SmolLM2's golden steps run where TUNE_SMOLLM2 is its folder, or parts of its GGUF file lie in MODEL_PARTS
-# (/tmp/tune-model), brought there by earlier calls; `split GGUF` here cuts the file into parts in .gpu_model/.
+# (/tmp/tune-model), brought there by earlier calls; `split GGUF` here cuts the file into parts in .gpu_model/, with
+# the golden numbers from TUNE_ASSETS beside them.
 set -u
 cd "$(dirname "$0")/.."
 
@@ -22,10 +23,6 @@ for line in sys.stdin:
     cp target/release/examples/step .gpu/step
     cp target/release/tune .gpu/tune
     strip .gpu/cuda .gpu/step .gpu/tune
-    # The golden numbers, where they are.
-    if [ -d "${TUNE_ASSETS:-}/golden" ]; then
-        mkdir -p .gpu/assets && rm -rf .gpu/assets/golden && cp -r "$TUNE_ASSETS/golden" .gpu/assets/ && chmod -R u+w .gpu/assets
-    fi
     ls -la .gpu
     exit
 fi
@@ -35,6 +32,11 @@ if [ "${1:-}" = split ]; then
     rm -f .gpu_model/part.*
     split -n 4 "$2" .gpu_model/part.
     python3 -m pip download -q --no-deps -d .gpu_model gguf
+    # Of the golden numbers what the card is asked for.
+    mkdir -p .gpu_model/assets/golden
+    for name in batches.safetensors lora.json schedule.json full.json lora_init lora_final; do
+        cp -r "$TUNE_ASSETS/golden/$name" .gpu_model/assets/golden/
+    done
     ls -la .gpu_model
     exit
 fi
@@ -50,7 +52,7 @@ if [ -z "${TUNE_SMOLLM2:-}" ] && [ "$(ls "$parts"/part.* 2>/dev/null | wc -l)" =
         echo "SmolLM2 could not be made of its parts:" && tail -3 "$parts/log"
     fi
 fi
-[ -d .gpu/assets/golden ] && export TUNE_ASSETS="${TUNE_ASSETS:-$PWD/.gpu/assets}"
+[ -d "$parts/assets/golden" ] && export TUNE_ASSETS="${TUNE_ASSETS:-$parts/assets}"
 nvidia-smi --query-gpu=name,driver_version,memory.used --format=csv,noheader
 log=$(mktemp)
 .gpu/cuda --nocapture --test-threads=1 2>&1 | tee "$log"

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use cudarc::driver::{result, sys};
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use super::driver::{Card, During, Event, Lane, copy, zero};
 use super::product::{Matrix, Prepared, Products};
@@ -134,9 +134,9 @@ pub(super) enum Command {
         lane: Lane,
     },
     /// Marks a point of a stream.
-    Mark(Arc<Event>, Lane),
+    Mark(Rc<Event>, Lane),
     /// A stream waits for a marked point.
-    Hold(Arc<Event>, Lane),
+    Hold(Rc<Event>, Lane),
 }
 
 impl Command {

@@ -1,6 +1,6 @@
 //! Operations bound by memory: one or two kernels each.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use super::{Lowering, row_threads, vector};
 use crate::backend::EngineError;
@@ -267,7 +267,7 @@ impl Lowering<'_> {
             };
             self.order(Lane::Main, Lane::Copies)?;
             self.commands.push(Command::Copy { from: source, to: target, bytes, lane: Lane::Copies });
-            let arrived = Arc::new(Event::mark(self.card)?);
+            let arrived = Rc::new(Event::mark(self.card)?);
             self.commands.push(Command::Mark(arrived.clone(), Lane::Copies));
             self.copying.insert(offload, arrived);
         }

@@ -8,7 +8,7 @@ use super::{Lowering, fp8};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::driver::{Lane, unsupported};
-use crate::backend::cuda::memory::{Nf4Parts, SCRATCH_BYTES};
+use crate::backend::cuda::memory::SCRATCH_BYTES;
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Projection, ProjectionBackward};
 
@@ -272,10 +272,10 @@ impl Lowering<'_> {
         for lane in lanes {
             self.order(Lane::Main, lane)?;
         }
-        if let Some(grad_input) = grad_input {
-            if !branch_first {
-                self.grad_input(grad_input, projections, false)?;
-            }
+        if let Some(grad_input) = grad_input
+            && !branch_first
+        {
+            self.grad_input(grad_input, projections, false)?;
         }
         let mut pairs = Vec::new();
         for projection in projections {
@@ -557,83 +557,6 @@ impl Lowering<'_> {
             all if all == weights.len() => Ok(true),
             _ => Err(unsupported("a linear operation on quantized and plain weights together")),
         }
-    }
-
-    /// Unpacks a block of a quantized weight to `to`.
-    fn unpack(
-        &mut self,
-        weight: BufferId,
-        (first_row, rows): (usize, usize),
-        (first_column, columns): (usize, usize),
-        to: u64,
-    ) -> Result<(), EngineError> {
-        let length = self.width(weight);
-        let parts = Nf4Parts::at(self.address(weight), (self.rows(weight) * length) as u64);
-        let tables = self.tables.pointer();
-        if length.is_multiple_of(64) && first_column.is_multiple_of(64) && columns.is_multiple_of(64) {
-            let arguments = arguments![
-                parts.codes,
-                parts.scale_codes,
-                parts.second_scales,
-                parts.offset,
-                tables,
-                to,
-                length as i64,
-                first_row as i64,
-                first_column as i64,
-                columns as i32,
-            ];
-            return self.launch("nf4", "nf4_dequantize", [columns.div_ceil(8 * 128), rows, 1], 128, arguments);
-        }
-        if columns != length {
-            return Err(unsupported(format!("4-bit weights with rows of {length}, not a multiple of 64")));
-        }
-        let elements = rows * length;
-        let arguments = arguments![
-            parts.codes,
-            parts.scale_codes,
-            parts.second_scales,
-            parts.offset,
-            tables,
-            to,
-            (first_row * length) as i64,
-            elements as i64,
-        ];
-        self.launch("nf4", "nf4_dequantize_any", [elements.div_ceil(256), 1, 1], 256, arguments)
-    }
-
-    /// `output (+)= x · weightᵀ`, a block of the weight's rows at a time.
-    fn quantized_forward(
-        &mut self,
-        x: Matrix,
-        weight: BufferId,
-        output: Matrix,
-        accumulate: bool,
-    ) -> Result<(), EngineError> {
-        let columns = self.width(weight);
-        let scratch = self.memory.scratch.pointer;
-        for (first, count, product) in self.quantized_forward_parts(x, weight, output, accumulate) {
-            self.unpack(weight, (first, count), (0, columns), scratch)?;
-            self.product(product)?;
-        }
-        Ok(())
-    }
-
-    /// Blocks of the weight's rows that fit the scratch, with their products: (first, rows, product).
-    fn quantized_forward_parts(
-        &self,
-        x: Matrix,
-        weight: BufferId,
-        output: Matrix,
-        accumulate: bool,
-    ) -> Vec<(usize, usize, Product)> {
-        let (rows, columns) = (self.rows(weight), self.width(weight));
-        let scratch = self.memory.scratch.pointer;
-        let part = |(first, count): (usize, usize)| {
-            let block = Matrix::new(scratch, DType::BF16, count, columns);
-            (first, count, forward_product(x, block, output.slice_columns(first, count), accumulate))
-        };
-        blocks(rows, SCRATCH_BYTES as usize / (2 * columns), 128).into_iter().map(part).collect()
     }
 }
 

@@ -8,9 +8,11 @@ mod elementwise;
 mod fp8;
 mod head;
 mod linear;
+mod nf4;
 mod optimizer;
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::command::{Command, Launch, Slot};
@@ -33,7 +35,7 @@ pub(super) struct Lowering<'a> {
     pub kept: &'a mut Vec<DeviceMemory>,
     commands: Vec<Command>,
     /// Copies on their way, by the buffer in the host's memory.
-    copying: HashMap<BufferId, Arc<Event>>,
+    copying: HashMap<BufferId, Rc<Event>>,
 }
 
 impl<'a> Lowering<'a> {
@@ -66,7 +68,7 @@ impl<'a> Lowering<'a> {
             | Op::Cast { .. }
             | Op::Zero { .. } => self.elementwise(op)?,
             Op::Wait { buffers } => {
-                let arrived: Vec<Arc<Event>> = buffers.iter().filter_map(|id| self.copying.remove(id)).collect();
+                let arrived: Vec<Rc<Event>> = buffers.iter().filter_map(|id| self.copying.remove(id)).collect();
                 self.commands.extend(arrived.into_iter().map(|event| Command::Hold(event, Lane::Main)));
             }
             Op::Linear { input, projections } => self.linear(*input, projections)?,
@@ -151,7 +153,7 @@ impl<'a> Lowering<'a> {
         if from == to {
             return Ok(());
         }
-        let mark = Arc::new(Event::mark(self.card)?);
+        let mark = Rc::new(Event::mark(self.card)?);
         self.commands.push(Command::Mark(mark.clone(), from));
         self.commands.push(Command::Hold(mark, to));
         Ok(())
