@@ -298,6 +298,21 @@ fn eight_bit_float_weights_are_the_nearest_and_multiply_right() {
     }
 }
 
+/// MLPs that work through the tokens in chunks, the last of them shorter, learn as whole ones.
+#[test]
+fn mlps_in_chunks_learn_the_same() {
+    let Some(target) = card() else { return };
+    let chunked = Target { mlp_tokens: 96, ..target.clone() };
+    for (name, method, rate) in [("qlora", lora(Some(DType::Nf4), 0.0), 1e-3), ("full", Method::Full, 1e-4)] {
+        let (expected, _) = train(&target, &open, &method, Recompute::All, rate, 8);
+        let (found, _) = train(&chunked, &open, &method, Recompute::All, rate, 8);
+        println!("{name}: losses of whole MLPs {expected:.4?}\n{name}: losses of chunks {found:.4?}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found / expected - 1.0).abs() < 5e-3, "{name}: {found} beside {expected}");
+        }
+    }
+}
+
 /// LoRA on 8-bit floats learns as on bf16.
 #[test]
 fn training_in_fp8_follows_bf16() {

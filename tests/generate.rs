@@ -72,6 +72,7 @@ fn adder(sizes: &[usize], capacity: usize) -> (Model, Runs) {
         fp8_flops: None,
         library_workspace: 0,
         logits_bytes: 1 << 20,
+        mlp_tokens: usize::MAX,
     };
     let plan = plan::plan(workload(sizes), target).unwrap();
     let contents = plan.workload.buffers.iter().map(|buffer| vec![0; buffer.bytes() as usize]).collect();

@@ -56,6 +56,7 @@ struct Answer {
     host_embedding: bool,
     host_optimizer: bool,
     half_gradients: bool,
+    mlp_chunks: usize,
     partly_recomputed_layers: usize,
     /// Of an update of the mean length, from the target's rates.
     estimated_step_seconds: f64,
@@ -121,6 +122,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         host_embedding: chosen.host_embedding,
         host_optimizer: chosen.host_optimizer,
         half_gradients: chosen.half_gradients,
+        mlp_chunks: chosen.mlp_chunks,
         partly_recomputed_layers: chosen.cheap_layers.saturating_sub(chosen.recomputed_layers),
         estimated_step_seconds: seconds,
         estimated_run_seconds: seconds * prepared.steps as f64,
@@ -204,6 +206,9 @@ fn print(answer: &Answer) {
     }
     if answer.host_optimizer {
         println!("optimizer states are kept in the host's memory");
+    }
+    if answer.mlp_chunks > 1 {
+        println!("MLPs work through the largest micro-batch in {} chunks", answer.mlp_chunks);
     }
     if answer.half_gradients {
         println!("gradients are summed in bf16");

@@ -36,6 +36,8 @@ pub(super) struct Graph<'a> {
     pub weights: DType,
     /// Type of the gradients of trained matrices.
     pub gradients: DType,
+    /// Most tokens that go through an MLP at once where it is computed again.
+    pub mlp_tokens: usize,
     pub adapter: Option<&'a AdapterOptions>,
     pub trained: Trained,
 }
@@ -77,6 +79,7 @@ impl<'a> Graph<'a> {
             compute: target.compute,
             weights,
             gradients: target.gradients,
+            mlp_tokens: target.mlp_tokens,
             adapter,
             trained,
         }
@@ -168,9 +171,21 @@ impl<'a> Graph<'a> {
     /// Emits projections that share `input`; their outputs lie side by side in one new buffer.
     /// `training`: whether dropout is on.
     pub fn linear(&mut self, name: &str, input: BufferId, modules: Vec<Module>, training: bool) -> LinearGroup {
-        let tokens = self.rows(input);
         let width: usize = modules.iter().map(|module| module.outputs).sum();
-        let output = self.activation(name, tokens, width);
+        let output = self.activation(name, self.rows(input), width);
+        self.linear_to(output, name, input, modules, training)
+    }
+
+    /// As [`Self::linear`], into a buffer that is there.
+    pub fn linear_to(
+        &mut self,
+        output: BufferId,
+        name: &str,
+        input: BufferId,
+        modules: Vec<Module>,
+        training: bool,
+    ) -> LinearGroup {
+        let tokens = self.rows(input);
         let ranks: usize = modules.iter().filter_map(|module| self.rank(module)).sum();
         let middle = (ranks > 0).then(|| self.activation(&format!("{name}.lora"), tokens, ranks));
         let mut projections = Vec::new();
@@ -206,10 +221,22 @@ impl<'a> Graph<'a> {
         grad_output: BufferId,
         need_input: bool,
     ) -> Option<BufferId> {
+        let (tokens, columns) = (self.rows(input), self.builder.buffer(input).columns());
+        let grad_input = need_input.then(|| self.activation(&format!("{}.grad_input", group.name), tokens, columns));
+        self.linear_backward_to(grad_input, group, input, grad_output);
+        grad_input
+    }
+
+    /// As [`Self::linear_backward`], into a buffer that is there.
+    pub fn linear_backward_to(
+        &mut self,
+        grad_input: Option<BufferId>,
+        group: &LinearGroup,
+        input: BufferId,
+        grad_output: BufferId,
+    ) {
         let tokens = self.rows(input);
         let name = format!("{}.backward", group.name);
-        let columns = self.builder.buffer(input).columns();
-        let grad_input = need_input.then(|| self.activation(&format!("{}.grad_input", group.name), tokens, columns));
         let grad_middle = group.middle.map(|middle| {
             let ranks = self.builder.buffer(middle).columns();
             self.workspace(&format!("{}.grad_lora", group.name), &[tokens, ranks], self.compute)
@@ -246,6 +273,5 @@ impl<'a> Graph<'a> {
         if grad_input.is_some() || trains {
             self.builder.push(&name, Op::LinearBackward { input, grad_input, projections });
         }
-        grad_input
     }
 }

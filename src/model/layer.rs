@@ -35,7 +35,7 @@ pub(super) enum Pass {
     Inference,
     /// The first pass of training.
     Training(Recompute),
-    /// Once more before the backward pass, up to what that reads: not the down projection.
+    /// Once more before the backward pass: the MLP there.
     Again,
 }
 
@@ -47,14 +47,22 @@ pub(super) struct Saved {
     log_sum_exp: BufferId,
     output: LinearGroup,
     norm2: Norm,
-    gate_up: LinearGroup,
-    glu: BufferId,
-    down: Option<LinearGroup>,
+    /// One part, or chunks of tokens one after the other.
+    mlp: Vec<Mlp>,
     recompute: Recompute,
     /// The layer's input in the host's memory.
     offloaded: Option<BufferId>,
     /// Where it is on its way back to.
     returning: Option<BufferId>,
+}
+
+/// The MLP of some tokens.
+struct Mlp {
+    first: usize,
+    tokens: usize,
+    gate_up: LinearGroup,
+    glu: BufferId,
+    down: LinearGroup,
 }
 
 /// How attention reaches its keys and values.
@@ -152,8 +160,51 @@ impl Graph<'_> {
         self.builder.push(name, op);
     }
 
-    /// The layer's forward pass.
+    /// The layer's forward pass. Where nothing of the MLP is kept, it works through the tokens in chunks if the target
+    /// asks for it.
     pub fn layer(&mut self, layer: usize, stream: Stream, keys: Keys, pass: Pass) -> (Stream, Saved) {
+        let training = pass != Pass::Inference;
+        let mut saved = self.attention_block(layer, stream, keys, pass);
+        let tokens = self.rows(saved.norm2.output);
+        let most = if training && saved.recompute < Recompute::All { tokens } else { self.mlp_tokens };
+        let name = format!("layers.{layer}.mlp.down");
+        let delta = self.activation(&name, tokens, self.config.hidden_size);
+        let mut first = 0;
+        while first < tokens {
+            let count = most.clamp(1, tokens - first);
+            let (gate_up, glu) = self.gate_up(layer, saved.norm2.output, first, count, training);
+            let output = self.part(delta, first, count);
+            let modules = LayerModules::new(self.config, layer);
+            let down = self.linear_to(output, &name, glu, modules.down, training);
+            saved.mlp.push(Mlp { first, tokens: count, gate_up, glu, down });
+            first += count;
+        }
+        (Stream { residual: saved.norm2.sum, delta: Some(delta) }, saved)
+    }
+
+    /// Some rows of a buffer; the buffer itself where that is all.
+    fn part(&mut self, buffer: BufferId, first: usize, rows: usize) -> BufferId {
+        if rows == self.rows(buffer) { buffer } else { self.builder.rows_of(buffer, first, rows) }
+    }
+
+    /// The first half of the MLP for some tokens: gate and up, and the gated product.
+    fn gate_up(
+        &mut self,
+        layer: usize,
+        input: BufferId,
+        first: usize,
+        tokens: usize,
+        training: bool,
+    ) -> (LinearGroup, BufferId) {
+        let input = self.part(input, first, tokens);
+        let modules = LayerModules::new(self.config, layer);
+        let gate_up = self.linear(&format!("layers.{layer}.mlp.gate_up"), input, modules.gate_up, training);
+        let glu = self.glu(&format!("layers.{layer}.mlp.glu"), gate_up.output);
+        (gate_up, glu)
+    }
+
+    /// The layer up to the MLP's norm.
+    fn attention_block(&mut self, layer: usize, stream: Stream, keys: Keys, pass: Pass) -> Saved {
         let training = pass != Pass::Inference;
         let recompute = if let Pass::Training(recompute) = pass { recompute } else { Recompute::None };
         let name = format!("layers.{layer}");
@@ -193,25 +244,18 @@ impl Graph<'_> {
         if let Some(offloaded) = offloaded {
             self.wait(&format!("{name}.offload.wait"), norm1.sum, offloaded);
         }
-        let gate_up = self.linear(&format!("{name}.mlp.gate_up"), norm2.output, modules.gate_up, training);
-        let glu = self.glu(&format!("{name}.mlp.glu"), gate_up.output);
-        let down = (pass != Pass::Again).then(|| self.linear(&format!("{name}.mlp.down"), glu, modules.down, training));
-        let stream = Stream { residual: norm2.sum, delta: down.as_ref().map(|down| down.output) };
-        let kept = Saved {
+        Saved {
             norm1,
             qkv,
             attention,
             log_sum_exp,
             output,
             norm2,
-            gate_up,
-            glu,
-            down,
+            mlp: Vec::new(),
             recompute,
             offloaded,
             returning: None,
-        };
-        (stream, kept)
+        }
     }
 
     /// Starts sending the input of a layer to the host's memory.
@@ -255,8 +299,8 @@ impl Graph<'_> {
         need_input: bool,
     ) -> Option<BufferId> {
         let name = format!("layers.{layer}");
-        let down = saved.down.take().expect("the forward pass went to the end");
-        match saved.recompute {
+        let (mut mlp, recompute) = (std::mem::take(&mut saved.mlp), saved.recompute);
+        match recompute {
             Recompute::None => {}
             Recompute::Cheap => {
                 let again = |sum| Stream { residual: sum, delta: None };
@@ -264,7 +308,9 @@ impl Graph<'_> {
                     self.norm(&format!("{name}.norm1.again"), &names::input_norm(layer), again(saved.norm1.sum));
                 let weight = names::post_attention_norm(layer);
                 saved.norm2 = self.norm(&format!("{name}.norm2.again"), &weight, again(saved.norm2.sum));
-                saved.glu = self.glu(&format!("{name}.mlp.glu.again"), saved.gate_up.output);
+                for part in &mut mlp {
+                    part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);
+                }
             }
             Recompute::All | Recompute::Offload => {
                 let residual = match saved.offloaded {
@@ -276,23 +322,31 @@ impl Graph<'_> {
                     None => saved.norm1.sum,
                 };
                 let stream = Stream { residual, delta: None };
-                saved = self.layer(layer, stream, Keys::Documents(inputs), Pass::Again).1;
+                saved = self.attention_block(layer, stream, Keys::Documents(inputs), Pass::Again);
             }
         }
         let shape = self.attention_shape(layer);
-        let tokens = self.rows(saved.glu);
-        let grad_glu = self.linear_backward(&down, saved.glu, gradient, true).expect("asked for");
-        let grad_gate_up =
-            self.activation(&format!("{name}.mlp.grad_gate_up"), tokens, 2 * self.config.intermediate_size);
-        let op = Op::GluBackward {
-            grad_output: grad_glu,
-            gate_up: saved.gate_up.output,
-            grad_gate_up,
-            activation: self.config.activation,
-        };
-        self.builder.push(&format!("{name}.mlp.glu.backward"), op);
-        let grad_norm2 =
-            self.linear_backward(&saved.gate_up, saved.norm2.output, grad_gate_up, true).expect("asked for");
+        let tokens = self.rows(saved.norm2.output);
+        let grad_norm2 = self.activation(&format!("{name}.mlp.gate_up.grad_input"), tokens, self.config.hidden_size);
+        for mut part in mlp {
+            if recompute >= Recompute::All {
+                (part.gate_up, part.glu) = self.gate_up(layer, saved.norm2.output, part.first, part.tokens, true);
+            }
+            let grad_output = self.part(gradient, part.first, part.tokens);
+            let grad_glu = self.linear_backward(&part.down, part.glu, grad_output, true).expect("asked for");
+            let width = 2 * self.config.intermediate_size;
+            let grad_gate_up = self.activation(&format!("{name}.mlp.grad_gate_up"), part.tokens, width);
+            let op = Op::GluBackward {
+                grad_output: grad_glu,
+                gate_up: part.gate_up.output,
+                grad_gate_up,
+                activation: self.config.activation,
+            };
+            self.builder.push(&format!("{name}.mlp.glu.backward"), op);
+            let input = self.part(saved.norm2.output, part.first, part.tokens);
+            let grad_input = self.part(grad_norm2, part.first, part.tokens);
+            self.linear_backward_to(Some(grad_input), &part.gate_up, input, grad_gate_up);
+        }
         let weight = names::post_attention_norm(layer);
         let grad_x2 = self.norm_backward(&format!("{name}.norm2"), &weight, saved.norm2, grad_norm2, Some(gradient));
         // The wide buffers of the gated product are gone, attention takes a while.

@@ -132,6 +132,8 @@ pub struct Buffer {
     pub shape: Vec<usize>,
     pub dtype: DType,
     pub kind: Kind,
+    /// Of a buffer that is some rows of another, transient one: which, and from what row on.
+    pub within: Option<(BufferId, usize)>,
 }
 
 impl Buffer {

@@ -48,7 +48,20 @@ impl WorkloadBuilder {
         let program = &self.open.as_ref().expect("a program is open").name;
         let name = format!("{program}:{name}");
         let id = BufferId(self.workload.buffers.len() as u32);
-        self.workload.buffers.push(Buffer { name, shape: shape.to_vec(), dtype, kind });
+        self.workload.buffers.push(Buffer { name, shape: shape.to_vec(), dtype, kind, within: None });
+        id
+    }
+
+    /// Rows of a transient buffer as a buffer of their own.
+    pub fn rows_of(&mut self, buffer: BufferId, first: usize, rows: usize) -> BufferId {
+        let whole = self.workload.buffer(buffer);
+        assert!(whole.kind.is_transient() && whole.within.is_none(), "rows of {}", whole.name);
+        assert!(first + rows <= whole.rows(), "{} has {} rows", whole.name, whole.rows());
+        let mut part = whole.clone();
+        part.shape[0] = rows;
+        part.within = Some((buffer, first));
+        let id = BufferId(self.workload.buffers.len() as u32);
+        self.workload.buffers.push(part);
         id
     }
 
@@ -88,7 +101,7 @@ impl WorkloadBuilder {
     fn add(&mut self, name: String, shape: &[usize], dtype: DType, kind: Kind) -> BufferId {
         let id = BufferId(self.workload.buffers.len() as u32);
         self.names.insert(name.clone(), id);
-        self.workload.buffers.push(Buffer { name, shape: shape.to_vec(), dtype, kind });
+        self.workload.buffers.push(Buffer { name, shape: shape.to_vec(), dtype, kind, within: None });
         id
     }
 }

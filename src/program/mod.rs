@@ -73,6 +73,11 @@ impl Workload {
         &self.buffers[id.index()]
     }
 
+    /// The buffer whose memory a buffer lies in: itself, but for rows of another.
+    pub fn whole(&self, id: BufferId) -> BufferId {
+        self.buffer(id).within.map_or(id, |(whole, _)| whole)
+    }
+
     pub fn find(&self, name: &str) -> Option<BufferId> {
         self.buffers.iter().position(|buffer| buffer.name == name).map(|index| BufferId(index as u32))
     }

@@ -93,6 +93,7 @@ pub fn lives(workload: &Workload, program: &Program) -> Vec<Life> {
     let mut index = std::collections::HashMap::new();
     for (step, entry) in program.steps.iter().enumerate() {
         for (buffer, _) in entry.op.accesses() {
+            let buffer = workload.whole(buffer);
             if !workload.buffer(buffer).kind.is_transient() {
                 continue;
             }
@@ -215,6 +216,7 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
         for (result, input) in shared {
             placements[result.index()] = placements[input.index()];
         }
+        place_rows(&workload, &mut placements);
         let (activations, workspace) = peak(&workload, program, &lives);
         if activations + workspace > worst.0 + worst.1 {
             worst = (activations, workspace);
@@ -372,6 +374,17 @@ fn place(
         placements[life.buffer.index()] = Placement::Arena { segment, offset };
     }
     Ok(())
+}
+
+/// Puts buffers that are rows of others where those rows are.
+fn place_rows(workload: &Workload, placements: &mut [Placement]) {
+    for (index, buffer) in workload.buffers.iter().enumerate() {
+        let Some((whole, first)) = buffer.within else { continue };
+        if let Placement::Arena { segment, offset } = placements[whole.index()] {
+            let offset = offset + buffer.dtype.bytes(&[first, buffer.columns()]);
+            placements[index] = Placement::Arena { segment, offset };
+        }
+    }
 }
 
 /// Lowest offset at which `bytes` fit beside the buffers that live at the same time. `taken` is by offset.

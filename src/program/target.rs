@@ -45,6 +45,8 @@ pub struct Target {
     pub library_workspace: u64,
     /// Most bytes that the logits of one head chunk may take.
     pub logits_bytes: u64,
+    /// Most tokens that go through an MLP at once where its values are computed again for the backward pass.
+    pub mlp_tokens: usize,
 }
 
 impl Target {

@@ -75,6 +75,9 @@ pub struct PlanChoice {
     /// Whether the gradients of trained matrices are summed in bf16 instead of f32.
     #[serde(default)]
     pub half_gradients: bool,
+    /// Parts that MLPs cut the largest micro-batch into.
+    #[serde(default)]
+    pub mlp_chunks: usize,
 }
 
 /// Name of a checkpoint's folder.

@@ -31,7 +31,7 @@ pub struct Search<'a> {
 }
 
 /// A step from fast to lean.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Stage {
     cheap: usize,
     all: usize,
@@ -40,6 +40,23 @@ struct Stage {
     host_optimizer: bool,
     small_head: bool,
     half_gradients: bool,
+    /// Parts that MLPs cut the largest micro-batch into.
+    mlp_chunks: usize,
+}
+
+impl Stage {
+    fn of(choice: &PlanChoice) -> Self {
+        Self {
+            cheap: choice.cheap_layers,
+            all: choice.recomputed_layers,
+            offloaded: choice.offloaded_layers,
+            host_embedding: choice.host_embedding,
+            host_optimizer: choice.host_optimizer,
+            small_head: choice.small_head,
+            half_gradients: choice.half_gradients,
+            mlp_chunks: choice.mlp_chunks,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +99,7 @@ impl Search<'_> {
             }
         }
         match (best, failure) {
-            (Some((_, plan, choice)), _) => Ok((plan, choice)),
+            (Some((_, plan, choice)), _) => Ok(self.give_back(plan, choice)),
             (None, Some(mut error)) => {
                 if let PlanError::DoesNotFit { fits, .. } = &mut error {
                     *fits = self.settings_that_fit();
@@ -98,23 +115,44 @@ impl Search<'_> {
     /// # Errors
     /// When it does not fit any more.
     pub fn repeat(&self, choice: &PlanChoice) -> Result<Plan, PlanningError> {
-        let stage = Stage {
-            cheap: choice.cheap_layers,
-            all: choice.recomputed_layers,
-            offloaded: choice.offloaded_layers,
-            host_embedding: choice.host_embedding,
-            host_optimizer: choice.host_optimizer,
-            small_head: choice.small_head,
-            half_gradients: choice.half_gradients,
+        self.build(&choice.sizes, Stage::of(choice))
+    }
+
+    /// Takes back moves that earlier ones have made needless: what lowers one peak is no help once another is higher.
+    fn give_back(&self, mut plan: Plan, choice: PlanChoice) -> (Plan, PlanChoice) {
+        let sizes = choice.sizes.clone();
+        let mut stage = Stage::of(&choice);
+        let mut without = |change: &dyn Fn(&mut Stage)| {
+            let mut less = stage;
+            change(&mut less);
+            if less == stage {
+                return;
+            }
+            if let Ok(fitting) = self.build(&sizes, less) {
+                (plan, stage) = (fitting, less);
+            }
         };
-        self.build(&choice.sizes, stage)
+        without(&|stage| stage.small_head = false);
+        for parts in [8, 4, 2, 0] {
+            without(&|stage| stage.mlp_chunks = stage.mlp_chunks.min(parts));
+        }
+        without(&|stage| stage.host_embedding = false);
+        without(&|stage| stage.half_gradients = false);
+        (plan, self.choice(sizes, stage))
+    }
+
+    /// Whether MLPs may work through a micro-batch in chunks of tokens: where values are computed again, on engines that
+    /// share memory between buffers, and without dropout, whose masks count tokens from the start of an operation.
+    fn chunks_mlp(&self) -> bool {
+        let drops = matches!(&self.options.method, Method::Lora { adapter, .. } if adapter.dropout > 0.0);
+        self.recompute != RecomputeChoice::None && self.target.reaches_host() && !drops
     }
 
     /// From fastest to leanest: first the embedding goes to the host and the gradients of trained matrices are summed in
     /// bf16 (as the weights are held, which costs digits and no time), then more and more layers give up the cheap values
-    /// and then all, then the head works in small chunks, then inputs of layers wait on the host, at last the optimizer's
+    /// and then all, then MLPs work through the tokens in chunks, then the head works in small chunks, then inputs of layers wait on the host, at last the optimizer's
     /// states do.
-    fn stages(&self) -> Vec<Stage> {
+    fn stages(&self, top: usize) -> Vec<Stage> {
         let layers = self.config.layers;
         let host = self.target.reaches_host();
         let first = match self.recompute {
@@ -138,7 +176,15 @@ impl Search<'_> {
             (1..=layers).for_each(|cheap| then(&|stage| stage.cheap = cheap));
             (1..=layers).for_each(|all| then(&|stage| stage.all = all));
         }
+        let chunks = |tokens: usize| (1..6).map(|power| 1 << power).take_while(move |parts| top / parts >= tokens);
+        if self.chunks_mlp() {
+            // So many tokens fill the card, and weights are unpacked a few times more.
+            chunks(4096).for_each(|parts| then(&|stage| stage.mlp_chunks = parts));
+        }
         then(&|stage| stage.small_head = true);
+        if self.chunks_mlp() {
+            chunks(2048).last().into_iter().for_each(|parts| then(&|stage| stage.mlp_chunks = parts));
+        }
         if self.recompute == RecomputeChoice::Auto && host {
             // The last layer's input is wanted at once.
             (1..layers).for_each(|offloaded| then(&|stage| stage.offloaded = offloaded));
@@ -152,7 +198,7 @@ impl Search<'_> {
     fn with_top(&self, top: usize) -> Result<(Plan, PlanChoice), PlanningError> {
         let mut sizes: Vec<usize> = self.target.micro_sizes.iter().copied().filter(|&size| size < top).collect();
         sizes.push(top);
-        let stages = self.stages();
+        let stages = self.stages(top);
         // Memory falls along the stages: find the first that fits. The largest micro-batch decides, for all programs share
         // the arena.
         let (mut low, mut high) = (0, stages.len() - 1);
@@ -190,6 +236,7 @@ impl Search<'_> {
             host_optimizer: stage.host_optimizer,
             small_head: stage.small_head,
             half_gradients: stage.half_gradients,
+            mlp_chunks: stage.mlp_chunks,
         }
     }
 
@@ -211,6 +258,10 @@ impl Search<'_> {
         if stage.half_gradients {
             target.gradients = DType::BF16;
         }
+        if stage.mlp_chunks > 1 {
+            let largest = sizes.iter().copied().max().unwrap_or(1);
+            target.mlp_tokens = largest.div_ceil(stage.mlp_chunks).next_multiple_of(128);
+        }
         let workload = training_workload(self.config, &options, &target)?;
         let mut host = std::collections::BTreeSet::new();
         if stage.host_embedding {
@@ -228,7 +279,7 @@ impl Search<'_> {
         let leanest = |search: &Search<'_>| {
             let sizes = &search.target.micro_sizes;
             let top = sizes.iter().copied().find(|&size| size >= search.longest_row).unwrap_or(search.longest_row);
-            let stages = search.stages();
+            let stages = search.stages(top);
             search.build(&[top], stages[stages.len() - 1]).is_ok()
         };
         let cuda = self.target.engine == "cuda";

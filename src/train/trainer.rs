@@ -214,6 +214,7 @@ fn plan_event(plan: &Plan, choice: &checkpoint::PlanChoice, prepared: &Prepared)
         (choice.offloaded_layers > 0, format!("inputs of {} layers wait in host memory", choice.offloaded_layers)),
         (choice.host_embedding, "the embedding is left in host memory".into()),
         (choice.host_optimizer, "optimizer states are kept in host memory".into()),
+        (choice.mlp_chunks > 1, format!("MLPs work in {} chunks of tokens", choice.mlp_chunks)),
         (choice.half_gradients, "gradients are summed in bf16".into()),
     ] {
         if moved {

@@ -88,6 +88,7 @@ pub fn target() -> Result<Target, EngineError> {
         fp8_flops: None,
         library_workspace: 0,
         logits_bytes: 64 << 20,
+        mlp_tokens: usize::MAX,
     })
 }
 

@@ -119,5 +119,6 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
         fp8_flops: fp8.then_some(matrix_tflops * FP8_SPEEDUP * 1e12),
         library_workspace: WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES + SCRATCH_BYTES + (8 << 20),
         logits_bytes: 256 << 20,
+        mlp_tokens: usize::MAX,
     }
 }
