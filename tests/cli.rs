@@ -82,6 +82,20 @@ fn without_model_and_data_there_is_nothing_to_train() {
 }
 
 #[test]
+fn a_model_that_is_not_there_is_named_with_what_to_do() {
+    let bench = Bench::new();
+    for model in ["no/such/folder", "nobody/no-such-model-1b"] {
+        let output = bench
+            .prepare(std::process::Command::new(env!("CARGO_BIN_EXE_tune")), &bench.home(), &[])
+            .args(["train", "--json", "--model", model, "--data", &bench.data()])
+            .env("HF_HUB_OFFLINE", "1")
+            .spawn()
+            .unwrap();
+        refused(&bench, &workbench::finish(output), &[model, "hint: "]);
+    }
+}
+
+#[test]
 fn model_folders_that_cannot_be_used_are_refused() {
     let bench = Bench::new();
     let with = |name: &str, change: &dyn Fn(&Path)| {

@@ -228,6 +228,45 @@ fn a_full_disk_at_a_checkpoint_is_told_and_leaves_nothing_half_written() {
     assert!(folder.join("adapter/adapter_model.safetensors").is_file());
 }
 
+/// A home on a file system of one MiB that this process alone sees, which a run fills up: the journal cannot be written
+/// either.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_system_that_is_full_ends_in_words_and_loses_no_checkpoint() {
+    let bench = Bench::new();
+    std::fs::create_dir_all(bench.home()).unwrap();
+    let home = bench.home().to_str().unwrap().to_owned();
+    let kept = bench.path().join("kept");
+    let allowed = Command::new("unshare").args(["-rm", "mount", "-t", "tmpfs", "none", &home]).output();
+    if !allowed.is_ok_and(|output| output.status.success()) {
+        println!("left out: a full file system needs user namespaces (unshare -rm)");
+        return;
+    }
+    // What is left of the home is copied out before the namespace, and with it the file system, is gone.
+    let script = format!(
+        "mount -t tmpfs -o size=1m none {home}; \"$@\"; code=$?; df --output=avail {home} | tail -1 >&2; \
+         cp -r {home} {}; exit $code",
+        kept.display()
+    );
+    let request = bench.request(&["train.steps=400", "train.batch=4", "train.save_every=20", "train.keep=50"]);
+    let arguments: Vec<&str> = ["-rm", "sh", "-c", &script, "sh", env!("CARGO_BIN_EXE_tune"), "train", "--json"]
+        .into_iter()
+        .chain(request.iter().map(String::as_str))
+        .collect();
+    let output = finish(bench.prepare(Command::new("unshare"), &bench.home(), &arguments).spawn().unwrap());
+    assert_eq!(output.code, 1, "{}", output.all());
+    let text = output.all();
+    assert!(text.contains("No space left on device"), "{text}");
+    let mut runs = std::fs::read_dir(kept.join("runs")).unwrap().flatten().map(|entry| entry.path());
+    let folder = runs.next().expect("the run's folder");
+    assert_whole_checkpoints(&folder);
+    assert!(!folder.join("adapter").exists());
+    // Moved to where there is room, it goes on from the last whole checkpoint.
+    let resumed = bench.tune_at(&kept, &["resume", "--json", "@last"]);
+    assert_eq!(resumed.code, 0, "{}", resumed.all());
+    assert!(folder.join("adapter/adapter_model.safetensors").is_file());
+}
+
 #[test]
 fn commands_are_carried_out_and_recorded() {
     let bench = Bench::new();

@@ -1,6 +1,6 @@
 //! What each operation reads, writes and updates, and what it costs.
 
-use super::{Access, BufferId, DType, Op, Workload};
+use super::{Access, AttentionShape, BufferId, DType, Op, Workload};
 use Access::{Read, Update, Write};
 
 impl Op {
@@ -147,7 +147,7 @@ impl Op {
     }
 
     /// Floating-point operations in matrix products and attention (a multiply-add counts as two), with every
-    /// token attending to half of the micro-batch. Element-wise work is bound by memory and counts as none.
+    /// token attending to half of the longest document. Element-wise work is bound by memory and counts as none.
     pub fn flops(&self, workload: &Workload) -> u64 {
         let size = |id: BufferId| workload.buffer(id).elements() as u64;
         let rows = |id: BufferId| workload.buffer(id).rows() as u64;
@@ -173,12 +173,12 @@ impl Op {
             }
             Op::Attention { qkv, shape, .. } => {
                 let tokens = rows(*qkv);
-                let span = shape.window.map_or(tokens, |w| (2 * w as u64).min(tokens));
+                let span = span(workload, shape, tokens);
                 2 * tokens * span * shape.query_columns() as u64
             }
             Op::AttentionBackward { qkv, shape, .. } => {
                 let tokens = rows(*qkv);
-                let span = shape.window.map_or(tokens, |w| (2 * w as u64).min(tokens));
+                let span = span(workload, shape, tokens);
                 5 * tokens * span * shape.query_columns() as u64
             }
             Op::CachedAttention { qkv, cache_key, shape, .. } => {
@@ -232,6 +232,13 @@ impl Op {
             }
         }
     }
+}
+
+/// Twice the tokens that a token attends to on average: all of the micro-batch, of its longest document or of the
+/// window, whichever is least.
+fn span(workload: &Workload, shape: &AttentionShape, tokens: u64) -> u64 {
+    let longest = workload.longest_document.map_or(tokens, |longest| tokens.min(longest as u64));
+    shape.window.map_or(longest, |window| longest.min(2 * window as u64))
 }
 
 #[derive(Default)]

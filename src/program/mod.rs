@@ -66,6 +66,8 @@ pub struct Workload {
     /// Contents of [`Kind::Constant`] buffers.
     #[serde(skip)]
     pub constants: Vec<(BufferId, Vec<f32>)>,
+    /// Tokens of the longest document that a packed micro-batch holds, where it is known: attention's arithmetic.
+    pub longest_document: Option<usize>,
 }
 
 impl Workload {

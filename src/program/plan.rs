@@ -269,7 +269,8 @@ pub fn estimate_op(workload: &Workload, op: &Op, target: &Target) -> f64 {
         let offloaded = accesses.filter(|(id, _)| workload.buffer(*id).kind == Kind::Offload);
         offloaded.map(|(id, _)| workload.buffer(id).bytes()).sum::<u64>() as f64 / BUS_BANDWIDTH
     };
-    arithmetic.max(memory).max(bus) + unpacking(workload, op, target) + target.rates.per_op
+    let on_device = if target.overlaps_memory() { arithmetic.max(memory) } else { arithmetic + memory };
+    on_device.max(bus) + unpacking(workload, op, target) + target.rates.per_op
 }
 
 /// Seconds in which an engine that multiplies unpacked weights only unpacks those of an operation: the same for few tokens

@@ -66,6 +66,11 @@ impl Target {
         self.engine == "cuda"
     }
 
+    /// Whether arithmetic goes on while memory is waited for. A CPU's products first convert the weights, then compute.
+    pub fn overlaps_memory(&self) -> bool {
+        self.engine != "cpu"
+    }
+
     /// Whether an element-wise operation may write its result over its own input.
     pub fn works_in_place(&self) -> bool {
         self.engine == "cuda"

@@ -262,7 +262,8 @@ impl Search<'_> {
             let largest = sizes.iter().copied().max().unwrap_or(1);
             target.mlp_tokens = largest.div_ceil(stage.mlp_chunks).next_multiple_of(128);
         }
-        let workload = training_workload(self.config, &options, &target)?;
+        let mut workload = training_workload(self.config, &options, &target)?;
+        workload.longest_document = Some(self.longest_row);
         let mut host = std::collections::BTreeSet::new();
         if stage.host_embedding {
             host.extend(plan::frozen_embeddings(&workload));

@@ -188,6 +188,7 @@ impl Right<'_> {
     }
 
     /// Packs up to [`PANEL`] columns.
+    #[inline(always)]
     fn pack(&self, kind: Instructions, depth: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
         match *self {
             Right::Matrix(matrix) => {
@@ -363,6 +364,7 @@ pub struct Weight<'a> {
 
 impl<'a> Weight<'a> {
     /// Part of a row in f32.
+    #[inline(always)]
     pub fn convert(self, row: usize, columns: Range<usize>, target: &mut [f32]) {
         let range = row * self.columns + columns.start..row * self.columns + columns.end;
         match self.values {
