@@ -64,7 +64,10 @@ fn agree(updates: &[Value], losses: &Value, norms: &Value) {
     for (update, (loss, norm)) in updates.iter().zip(losses.into_iter().zip(norms)) {
         let error = relative(update["loss"].as_f64().unwrap(), loss);
         let norm_error = relative(update["grad_norm"].as_f64().unwrap(), norm);
-        assert!(error <= LOSS && norm_error <= NORM, "{update}: loss {loss} ({error:.1e}), norm {norm} ({norm_error:.1e})");
+        assert!(
+            error <= LOSS && norm_error <= NORM,
+            "{update}: loss {loss} ({error:.1e}), norm {norm} ({norm_error:.1e})"
+        );
         most = (most.0.max(error), most.1.max(norm_error));
     }
     println!("{} updates: losses within {:.1e}, norms within {:.1e}", updates.len(), most.0, most.1);
