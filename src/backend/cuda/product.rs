@@ -311,7 +311,7 @@ impl Products {
         let mut best: Option<(f32, [u64; 8])> = None;
         for candidate in self.proposals(&prepared, room)? {
             prepared.algorithm = candidate;
-            if let Ok(milliseconds) = self.time(&prepared)
+            if let Ok(milliseconds) = self.time(&prepared, best.map_or(f32::INFINITY, |(fastest, _)| fastest))
                 && best.is_none_or(|(fastest, _)| milliseconds < fastest)
             {
                 best = Some((milliseconds, candidate.data));
@@ -442,8 +442,8 @@ impl Products {
             .collect())
     }
 
-    /// Milliseconds of the fastest of a few launches.
-    fn time(&self, prepared: &Prepared) -> Result<f32, EngineError> {
+    /// Milliseconds of the fastest of a few launches; of fewer where the first is far from `best`.
+    fn time(&self, prepared: &Prepared, best: f32) -> Result<f32, EngineError> {
         let (start, end) = (Event::new(&self.card)?, Event::new(&self.card)?);
         self.launch(prepared, Lane::Main)?;
         let mut fastest = f32::INFINITY;
@@ -453,6 +453,9 @@ impl Products {
             end.record()?;
             end.wait()?;
             fastest = fastest.min(start.milliseconds_until(&end)?);
+            if fastest > 1.3 * best {
+                break;
+            }
         }
         Ok(fastest)
     }

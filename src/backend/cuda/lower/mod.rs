@@ -34,6 +34,7 @@ pub(super) struct Lowering<'a> {
     /// Tables that launches point to; they live as long as the session.
     pub kept: &'a mut Vec<DeviceMemory>,
     commands: Vec<Command>,
+    mark: Option<Rc<Event>>,
     /// Copies on their way, by the buffer in the host's memory.
     copying: HashMap<BufferId, Rc<Event>>,
 }
@@ -48,7 +49,18 @@ impl<'a> Lowering<'a> {
         tables: &'a Tables,
         kept: &'a mut Vec<DeviceMemory>,
     ) -> Self {
-        Self { card, workload, memory, kernels, products, tables, kept, commands: Vec::new(), copying: HashMap::new() }
+        Self {
+            card,
+            workload,
+            memory,
+            kernels,
+            products,
+            tables,
+            kept,
+            commands: Vec::new(),
+            mark: None,
+            copying: HashMap::new(),
+        }
     }
 
     /// The launches of one operation.
@@ -153,7 +165,11 @@ impl<'a> Lowering<'a> {
         if from == to {
             return Ok(());
         }
-        let mark = Rc::new(Event::mark(self.card)?);
+        // A wait takes the point that is marked when it is given: one event serves them all.
+        let mark = match &self.mark {
+            Some(mark) => mark.clone(),
+            None => self.mark.insert(Rc::new(Event::mark(self.card)?)).clone(),
+        };
         self.commands.push(Command::Mark(mark.clone(), from));
         self.commands.push(Command::Hold(mark, to));
         Ok(())
