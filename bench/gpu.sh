@@ -83,14 +83,14 @@ for row in "$@"; do
     [ "$rival" = no ] || [ "$method" = fp8 ] && continue
     # Its scripts time what is there on the first call of a model: make it first.
     begun=$SECONDS
-    if ! timeout "$PEER_LIMIT" python3 bench/peers/peers.py unsloth "$model" init 1 1 1 >"$log" 2>&1; then
+    if ! timeout "$PEER_LIMIT" python3 bench/peers/peers.py hf "$model" init 1 1 1 >"$log" 2>&1; then
         echo "   rival: its $model weights could not be made:"
         tail -5 "$log" | cut -c1-300
         continue
     fi
     echo "   rival: weights there after $((SECONDS - begun)) s"
     if [ "$sequence" = rows ]; then
-        peer peers_rows.py "$model" "$method" 25 0 bench/alpaca_lengths.json
+        peer peers_rows.py "$model" "$method" 15 0 bench/alpaca_lengths.json
         continue
     fi
     if [ "$memory" = none ]; then export NO_GC=1; else unset NO_GC; fi

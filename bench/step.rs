@@ -324,16 +324,23 @@ fn time_rows(
     stepper.refresh()?;
     let (mut times, mut tokens, mut padding) = (Vec::new(), 0, 0);
     let mut first_step = 0.0;
-    // Every program runs twice before it is replayed as a graph.
-    const WARM: usize = 30;
-    for step in 0..case.updates + WARM {
+    // Every program runs twice before it is replayed as a graph: the first updates fill one size each.
+    let full: Vec<Row> = sizes
+        .iter()
+        .map(|&size| Row { input_ids: vec![5; size], labels: vec![5; size], weights: Vec::new(), source: 0 })
+        .collect();
+    let warm = 2 * sizes.len();
+    for step in 0..4 * case.updates + warm {
         let start = Instant::now();
-        let chosen: Vec<&Row> = (0..case.batch).map(|i| &rows[(step * case.batch + i) % rows.len()]).collect();
+        let chosen: Vec<&Row> = match full.get(step / 2) {
+            Some(row) => vec![row],
+            None => (0..case.batch).map(|i| &rows[((step - warm) * case.batch + i) % rows.len()]).collect(),
+        };
         let batches = pack(&chosen, &sizes, |size| costs[&size], true)?;
         stepper.update(&batches, step as u64, 2e-4)?;
         if step == 0 {
             first_step = begun.elapsed().as_secs_f64();
-        } else if step >= WARM {
+        } else if step >= warm {
             times.push(start.elapsed().as_secs_f64());
             tokens += chosen.iter().map(|row| row.input_ids.len()).sum::<usize>();
             padding += batches.iter().map(|batch| batch.padding).sum::<usize>();

@@ -328,8 +328,9 @@ pub fn update_tokens(lengths: &[usize], batch: usize) -> usize {
     (mean * batch as f64 + 1.28 * (variance * batch as f64).sqrt()).ceil() as usize
 }
 
-/// Bytes of logits in a small chunk of the head.
-const SMALL_HEAD_BYTES: u64 = 32 << 20;
+/// Bytes of logits in a small chunk of the head: 256 rows of the largest vocabularies, under which a pass over the head's
+/// weight takes longer than its product.
+const SMALL_HEAD_BYTES: u64 = 64 << 20;
 
 /// Keeps the first, the last, and between them sizes at least half as large again as the one before.
 fn thin(sizes: &[usize]) -> Vec<usize> {
