@@ -110,7 +110,7 @@ fn epochs_many(spec: &RunSpec, facts: &Facts) -> Option<Warning> {
     (epochs > 3.0).then(|| Warning {
         rule: "epochs-many",
         key: if spec.train.steps.is_some() { "train.steps" } else { "train.epochs" },
-        message: format!("{epochs:.3} epochs: past 3 a model usually memorises its rows"),
+        message: format!("{} epochs: past 3 a model usually memorises its rows", short(round(epochs))),
         advice: "train for at most 3 epochs, and watch the evaluation loss".into(),
         sources: &[Source::Guide],
         fix: change(Change::Epochs(3.0)),
@@ -333,7 +333,7 @@ fn dropout_none(spec: &RunSpec, facts: &Facts) -> Option<Warning> {
     (adapter(spec) && spec.method.dropout == 0.0 && epochs >= 3.0).then(|| Warning {
         rule: "dropout-none",
         key: "method.dropout",
-        message: format!("no dropout with {epochs:.3} epochs: nothing holds memorising back"),
+        message: format!("no dropout with {} epochs: nothing holds memorising back", short(round(epochs))),
         advice: "a dropout of 0.05".into(),
         sources: &[Source::CraftRigs],
         fix: change(Change::Dropout(0.05)),

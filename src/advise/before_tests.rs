@@ -128,6 +128,45 @@ fn every_rule_speaks_at_its_bound_and_only_there() {
     }
 }
 
+/// Where each rule comes from; another source is another rule.
+const SOURCES: [(&str, &[Source]); 23] = [
+    ("epochs-many", &[Source::Guide]),
+    ("updates-few", &[Source::Practice]),
+    ("evaluation-none", &[Source::CraftRigs, Source::Guide]),
+    ("evaluation-small", &[Source::Guide]),
+    ("evaluation-never", &[Source::Practice]),
+    ("evaluation-shared", &[Source::Practice]),
+    ("learning-rate-high", &[Source::Guide]),
+    ("learning-rate-low", &[Source::Guide]),
+    ("learning-rate-full", &[Source::WithoutRegret]),
+    ("scale-low", &[Source::Guide]),
+    ("scale-high", &[Source::LoraGuide]),
+    ("rank-high", &[Source::Practice]),
+    ("rank-low", &[Source::Guide]),
+    ("rows-few", &[Source::Nvidia]),
+    ("full-few-rows", &[Source::Nvidia]),
+    ("dropout-none", &[Source::CraftRigs]),
+    ("warmup-long", &[Source::LoraGuide]),
+    ("batch-small", &[Source::Guide]),
+    ("batch-large", &[Source::WithoutRegret]),
+    ("duplicates", &[Source::CraftRigs]),
+    ("cut-rows", &[Source::Reports]),
+    ("column-unmapped", &[Source::CraftRigs]),
+    ("qlora-unneeded", &[Source::Guide]),
+];
+
+#[test]
+fn every_warning_names_its_source_and_has_a_fix() {
+    assert_eq!(RULES.iter().map(|rule| rule.name).collect::<Vec<_>>(), SOURCES.map(|(name, _)| name));
+    for (name, spec, _, facts, _) in cases() {
+        let rule = RULES.iter().find(|rule| rule.name == name).unwrap();
+        let warning = (rule.check)(&spec, &facts).unwrap();
+        let sources = SOURCES.iter().find(|(named, _)| *named == name).unwrap().1;
+        assert_eq!(warning.sources, sources, "{name}");
+        assert!(warning.fix.is_some(), "{name} has nothing that f could apply");
+    }
+}
+
 #[test]
 fn a_fix_silences_its_rule() {
     for (name, mut spec, _, facts, _) in cases() {

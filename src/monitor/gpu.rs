@@ -39,7 +39,6 @@ impl Gpus {
         let device = self.nvml.device_by_index(index).ok()?;
         let memory = device.memory_info().ok()?;
         let watts = |milliwatts: u32| f64::from(milliwatts) / 1000.0;
-        let reasons = device.current_throttle_reasons().unwrap_or(ThrottleReasons::empty());
         Some(GpuSample {
             index,
             name: device.name().unwrap_or_default(),
@@ -50,7 +49,17 @@ impl Gpus {
             power: device.power_usage().ok().map(watts),
             power_limit: device.enforced_power_limit().ok().map(watts),
             clock: device.clock_info(Clock::SM).ok(),
-            throttle_reasons: REASONS.iter().filter(|(bit, _)| reasons.contains(*bit)).map(|(_, name)| *name).collect(),
+            throttle_reasons: reasons(&device),
         })
     }
+
+    /// What holds a card's clocks back, in words; nothing where it does not say.
+    pub fn throttle_reasons(&self, index: u32) -> Vec<&'static str> {
+        self.nvml.device_by_index(index).map(|device| reasons(&device)).unwrap_or_default()
+    }
+}
+
+fn reasons(device: &nvml_wrapper::Device) -> Vec<&'static str> {
+    let reasons = device.current_throttle_reasons().unwrap_or(ThrottleReasons::empty());
+    REASONS.iter().filter(|(bit, _)| reasons.contains(*bit)).map(|(_, name)| *name).collect()
 }

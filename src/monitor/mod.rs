@@ -2,6 +2,7 @@
 
 pub mod gpu;
 pub mod host;
+pub mod throttle;
 
 /// One look at the machine.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -35,9 +35,16 @@ pub fn start(folder: &RunFolder) -> Result<Option<String>, RunError> {
         }
     }
     run_and_wait(Command::new(&executable), folder, before)?;
-    Ok((keeper == Keeper::Nobody).then(|| {
-        "the login manager ends processes at log-out; `loginctl enable-linger` lets runs go on after it".to_owned()
-    }))
+    Ok(match keeper {
+        Keeper::NotNeeded => None,
+        Keeper::UserManager => Some(
+            "`systemd-run --user` refused the run: it may end at log-out, and `tune resume` goes on from there"
+                .to_owned(),
+        ),
+        Keeper::Nobody => Some(
+            "the login manager ends the run at log-out; `loginctl enable-linger` lets runs go on after it".to_owned(),
+        ),
+    })
 }
 
 fn run_and_wait(mut command: Command, folder: &RunFolder, before: u64) -> Result<(), RunError> {

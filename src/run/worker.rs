@@ -14,6 +14,7 @@ use super::control::{self, Status};
 use super::lock::{Holder, Lock, holder};
 use super::{Command, Event, EventWriter, Home, RunError, RunFolder, runtime};
 use crate::advise::{Warning, Watch};
+use crate::monitor::throttle::ThrottleWatch;
 use crate::spec::RunSpec;
 use crate::train::Controls;
 
@@ -80,6 +81,7 @@ pub fn run(home: &Home, folder: &RunFolder, job: &dyn Job) -> Result<u8, RunErro
         step: 0,
         replay: Replay::default(),
         watch: Watch::default(),
+        throttle: ThrottleWatch::default(),
         stop_at: None,
         deferred: VecDeque::new(),
         backlog: VecDeque::new(),
@@ -145,6 +147,7 @@ fn work(home: &Home, folder: &RunFolder, job: &dyn Job, controls: &mut WorkerCon
         controls.emit(Event::Stopped { step: 0, path: None, reason: "asked to stop while waiting".into() });
         return Ok(End::Stopped);
     };
+    controls.throttle = ThrottleWatch::of_device(&device);
     job.train(&spec, folder, controls)
 }
 
@@ -218,6 +221,8 @@ struct WorkerControls {
     replay: Replay,
     /// Gives the warnings about a run that goes on.
     watch: Watch,
+    /// Gives the warning about a card that is held back.
+    throttle: ThrottleWatch,
     /// Updates after which the run stops, where somebody asked for that.
     stop_at: Option<u64>,
     /// Commands that came before the run began.
@@ -280,7 +285,10 @@ impl WorkerControls {
 impl Controls for WorkerControls {
     fn emit(&mut self, event: Event) {
         self.note(&event);
-        let warnings = self.watch.observe(&event);
+        let mut warnings = self.watch.observe(&event);
+        if matches!(event, Event::Step { .. }) {
+            warnings.extend(self.throttle.look());
+        }
         for event in std::iter::once(event).chain(warnings.iter().map(Warning::event)) {
             if self.backlog.len() < BACKLOG {
                 self.backlog.push_back(event);

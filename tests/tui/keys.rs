@@ -110,6 +110,88 @@ fn removing_asks_first() {
 }
 
 #[test]
+fn a_column_is_given_a_role_by_hand() {
+    let mut app = tuned(app());
+    press(&mut app, "2 m ctrl-u fly=context enter");
+    assert!(text(&app, 120, 40).contains("no role \"fly\""));
+    press(&mut app, "ctrl-u system=context enter");
+    let tune::spec::TrainData::Sources(sources) = &app.draft.spec.data.train else { panic!("a source") };
+    assert_eq!(sources[0].columns.get("system").map(String::as_str), Some("context"));
+    assert!(matches!(app.take_requests().last(), Some(Request::Preview { .. })), "the data is read again");
+    press(&mut app, "m ctrl-u system= enter");
+    let tune::spec::TrainData::Sources(sources) = &app.draft.spec.data.train else { panic!("a source") };
+    assert!(sources[0].columns.is_empty());
+}
+
+#[test]
+fn the_run_file_is_one_key_away_and_can_be_saved_loaded_and_copied() {
+    let mut app = tuned(app());
+    press(&mut app, "v");
+    assert!(text(&app, 120, 40).contains("learning_rate"));
+    app.take_requests();
+    press(&mut app, "c y s ctrl-u mine.toml enter o theirs.toml enter");
+    let requests = app.take_requests();
+    let [Request::Copy(command), Request::Copy(file), Request::Save { path, text }, Request::Load(from)] =
+        &requests[..]
+    else {
+        panic!("{requests:?}")
+    };
+    assert!(command.starts_with("tune train --model HuggingFaceTB/SmolLM2-135M-Instruct --data "), "{command}");
+    assert!(file == text && text.contains("[train]"), "{text}");
+    assert_eq!((path.to_str(), from.to_str()), (Some("mine.toml"), Some("theirs.toml")));
+}
+
+#[test]
+fn presets_change_several_values_and_undo_takes_them_back() {
+    let mut app = tuned(app());
+    let before = app.draft.spec.clone();
+    press(&mut app, "p");
+    assert!(text(&app, 120, 40).contains("preset "));
+    press(&mut app, "p");
+    assert_ne!(app.draft.spec, before);
+    press(&mut app, "u u");
+    assert_eq!(app.draft.spec, before);
+}
+
+#[test]
+fn two_runs_are_marked_and_compared() {
+    let mut app = stocked(app());
+    press(&mut app, "6 c down c");
+    let pair = Request::Compare("261122-100000-otter".into(), "261122-091500-heron".into());
+    assert!(app.take_requests().contains(&pair));
+}
+
+#[test]
+fn a_live_warning_is_mended_by_one_key() {
+    let mut app = training(app());
+    app.take_requests();
+    press(&mut app, "f");
+    let sent = app.take_requests();
+    let evaluate = tune::run::Command::Evaluate;
+    assert!(matches!(&sent[..], [Request::Send { command, .. }] if *command == evaluate), "{sent:?}");
+    press(&mut app, "e");
+    assert!(matches!(&app.take_requests()[..], [Request::Send { command, .. }] if *command == evaluate));
+}
+
+#[test]
+fn datasets_of_the_hub_come_after_the_files_and_are_fetched_when_chosen() {
+    use tune::hub::fetch::Repository;
+    use tune::tui::message::FileEntry;
+    let mut app = stocked(app());
+    press(&mut app, "2 h alpaca enter");
+    assert!(app.take_requests().contains(&Request::SearchHub(Repository::Dataset, "alpaca".into())));
+    let found = FileEntry { path: "yahma/alpaca-cleaned".into(), bytes: 0, downloads: Some(4321) };
+    app.handle(Message::HubDatasets(Ok(vec![found])));
+    assert!(text(&app, 120, 40).contains("hub 4321"));
+    press(&mut app, "enter");
+    assert!(app.take_requests().contains(&Request::Download(Repository::Dataset, "yahma/alpaca-cleaned".into())));
+    assert_eq!(app.draft.data_name(), "yahma/alpaca-cleaned");
+    let id = "yahma/alpaca-cleaned".to_owned();
+    app.handle(Message::Progress { repository: Repository::Dataset, id, done: 512, total: 1024 });
+    assert!(text(&app, 120, 40).contains("(50%)"));
+}
+
+#[test]
 fn pasted_text_is_one_line() {
     let mut app = tuned(app());
     press(&mut app, "2 o ctrl-u");

@@ -313,6 +313,6 @@ fn fit_sentence(fit: Fit) -> String {
         Fit::Fits(bytes) => format!("fits: {}", text::bytes(bytes)),
         Fit::Tight(bytes) => format!("tight: {}", text::bytes(bytes)),
         Fit::TooLarge(bytes) => format!("does not fit: {}", text::bytes(bytes)),
-        Fit::Unsupported => "not on this machine's engine yet".into(),
+        Fit::Unsupported => "not on this engine yet".into(),
     }
 }

@@ -356,14 +356,8 @@ impl App {
         let machine = &self.train.machine;
         let inner = look.panel(buffer, area, "Machine", false);
         let mut lines = Vec::new();
-        let bar_width = (inner.width / 3).clamp(4, 24);
-        let mut gauge = |name: &str, share: f64, words: String| {
-            let role = if share > 0.9 { Role::Warn } else { Role::ChartSmooth };
-            let mut line = Line::from(look.span(Role::Dim, text::pad(name, 5, "")));
-            line.spans.extend(memory::share(share, role, bar_width, look).spans);
-            line.push_span(look.span(Role::Text, format!(" {words}")));
-            lines.push(line);
-        };
+        let mut gauges: Vec<(&str, f64, String)> = Vec::new();
+        let mut gauge = |name, share, words| gauges.push((name, share, words));
         let share = |used: u64, total: u64| used as f64 / total.max(1) as f64;
         for gpu in &machine.gpus {
             let words = format!("{} of {}", text::bytes(gpu.memory_used), text::bytes(gpu.memory_total));
@@ -382,6 +376,16 @@ impl App {
             let words = format!("{} of {}", text::bytes(host.memory_used), text::bytes(host.memory_total));
             gauge("host", share(host.memory_used, host.memory_total), words);
             gauge("CPU", f64::from(host.cpu) / 100.0, format!("{:.0}% of {} cores", host.cpu, host.cores));
+        }
+        // Bars of one length, in the room that the longest words leave.
+        let longest = gauges.iter().map(|(_, _, words)| words.len()).max().unwrap_or(0) as u16;
+        let bar_width = inner.width.saturating_sub(longest + 6).clamp(2, 24);
+        for (name, share, words) in gauges {
+            let role = if share > 0.9 { Role::Warn } else { Role::ChartSmooth };
+            let mut line = Line::from(look.span(Role::Dim, text::pad(name, 5, "")));
+            line.spans.extend(memory::share(share, role, bar_width, look).spans);
+            line.push_span(look.span(Role::Text, format!(" {words}")));
+            lines.push(line);
         }
         if let Some(point) = history.last().filter(|point| point.vram_bytes > 0) {
             lines.push(Line::from(vec![

@@ -1,5 +1,6 @@
 //! Numbers, durations and wrapped text as the screens write them.
 
+use ratatui::style::Style;
 use ratatui::text::{Line, Span};
 
 /// Bytes with three significant digits: `1.23 GiB`.
@@ -168,32 +169,41 @@ pub fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// Spans broken into lines of at most `width` columns, at any character; a newline character ends a line.
+/// Spans broken into lines of at most `width` columns: after a space where the line has one in its second half, else at
+/// any character; a newline character ends a line.
 pub fn flow(spans: impl IntoIterator<Item = Span<'static>>, width: usize) -> Vec<Line<'static>> {
     let width = width.max(1);
-    let mut lines: Vec<Line<'static>> = vec![Line::default()];
+    let columns = |character: char| Span::raw(character.to_string()).width();
+    let mut lines = Vec::new();
+    let mut line: Vec<(char, Style)> = Vec::new();
     let mut used = 0;
     for span in spans {
-        let mut piece = String::new();
         for character in span.content.chars() {
-            let columns = if character == '\n' { 0 } else { Span::raw(character.to_string()).width() };
-            if character == '\n' || used + columns > width {
-                if let Some(line) = lines.last_mut() {
-                    line.push_span(Span::styled(std::mem::take(&mut piece), span.style));
-                }
-                lines.push(Line::default());
-                used = 0;
+            if character == '\n' {
+                lines.push(styled(&line));
+                (line, used) = (Vec::new(), 0);
+                continue;
             }
-            if character != '\n' {
-                piece.push(character);
-                used += columns;
+            if used + columns(character) > width {
+                let space = line.iter().rposition(|(character, _)| *character == ' ').map(|at| at + 1);
+                let end = space.filter(|at| at * 2 > line.len()).unwrap_or(line.len());
+                let rest = line.split_off(end);
+                lines.push(styled(&line));
+                line = rest;
+                used = line.iter().map(|(character, _)| columns(*character)).sum();
             }
-        }
-        if let Some(line) = lines.last_mut().filter(|_| !piece.is_empty()) {
-            line.push_span(Span::styled(piece, span.style));
+            line.push((character, span.style));
+            used += columns(character);
         }
     }
+    lines.push(styled(&line));
     lines
+}
+
+/// Characters of one style are one span.
+fn styled(characters: &[(char, Style)]) -> Line<'static> {
+    let runs = characters.chunk_by(|(_, first), (_, second)| first == second);
+    runs.map(|run| Span::styled(run.iter().map(|(character, _)| *character).collect::<String>(), run[0].1)).collect()
 }
 
 /// Groups of spans in lines of at most `width` columns; a group is never broken.

@@ -26,12 +26,12 @@ pub fn perform(request: Request, sender: &Sender<Message>) {
         Request::Compare(first, second) => compare(&first, &second).map(|view| Message::Compared(Box::new(view))),
         Request::Send { run, command } => send(&run, command).map(Message::Done),
         Request::Start(spec) => {
-            let _ = sender.send(Message::Started(start(&spec)));
+            tell_started(start(&spec), sender);
             let _ = sender.send(Message::Runs(list()));
             return;
         }
         Request::Resume(run) => {
-            let _ = sender.send(Message::Started(resume(&run)));
+            tell_started(resume(&run), sender);
             return;
         }
         Request::Remove(run) => remove(&run).map(|()| Message::Done(format!("removed {run}"))),
@@ -138,8 +138,20 @@ fn state(summary: &Summary) -> State {
     }
 }
 
-/// Makes a run and starts its worker; gives the run's id.
-fn start(spec: &RunSpec) -> Result<String, String> {
+/// The run's id, then what the user should know about its life.
+fn tell_started(started: Result<(String, Option<String>), String>, sender: &Sender<Message>) {
+    let (started, advice) = match started {
+        Ok((id, advice)) => (Ok(id), advice),
+        Err(error) => (Err(error), None),
+    };
+    let _ = sender.send(Message::Started(started));
+    if let Some(advice) = advice {
+        let _ = sender.send(Message::Wrong(advice));
+    }
+}
+
+/// Makes a run and starts its worker; gives the run's id and what the user should know.
+fn start(spec: &RunSpec) -> Result<(String, Option<String>), String> {
     let mut complete = resolve::resolve(spec).map_err(|error| error.to_string())?;
     super::forecast::choose(&complete)?;
     if let Some(resolved) = &mut complete.resolved {
@@ -147,14 +159,14 @@ fn start(spec: &RunSpec) -> Result<String, String> {
     }
     let home = Home::find().map_err(|error| words(&error))?;
     let folder = RunFolder::create(&home.runs(), &complete.resolved_toml()).map_err(|error| words(&error))?;
-    launch::start(&folder).map_err(|error| words(&error))?;
-    Ok(folder.id())
+    let advice = launch::start(&folder).map_err(|error| words(&error))?;
+    Ok((folder.id(), advice))
 }
 
-fn resume(run: &str) -> Result<String, String> {
+fn resume(run: &str) -> Result<(String, Option<String>), String> {
     let folder = folder(run)?;
-    launch::start(&folder).map_err(|error| words(&error))?;
-    Ok(folder.id())
+    let advice = launch::start(&folder).map_err(|error| words(&error))?;
+    Ok((folder.id(), advice))
 }
 
 fn send(run: &str, command: Command) -> Result<String, String> {
