@@ -104,6 +104,28 @@ fn a_signal_that_can_be_caught_restores_the_terminal() {
     }
 }
 
+/// Set for the copy of this test that plays an interface with a mistake in it.
+const PANICS: &str = "TUNE_TEST_PANICS";
+
+#[test]
+fn a_panic_in_any_thread_restores_the_terminal_and_says_why() {
+    if std::env::var_os(PANICS).is_some() {
+        let _taken = tune::tui::terminal::Takeover::new().unwrap();
+        let _ = std::thread::spawn(|| panic!("a mistake was made")).join();
+        unreachable!("the panic ends the process");
+    }
+    let home = tempfile::tempdir().unwrap();
+    let this = std::env::current_exe().unwrap();
+    let arguments = ["--exact", "a_panic_in_any_thread_restores_the_terminal_and_says_why", "--nocapture"];
+    let mut interface = Workbench::open_program(&this, home.path(), &arguments, &[(PANICS, "1")]);
+    let status = interface.end();
+    assert_eq!(status.exit_code(), 101);
+    let written = String::from_utf8_lossy(&interface.bytes).into_owned();
+    assert!(written.contains("\x1b[?1049h") && interface.is_restored(), "{written}");
+    let (_, after) = written.split_once("\x1b[?1049l").unwrap();
+    assert!(after.contains("a mistake was made"), "after the screen is given back: {after}");
+}
+
 #[test]
 fn a_wrong_keymap_is_named_before_the_terminal_is_taken() {
     let home = tempfile::tempdir().unwrap();

@@ -17,6 +17,9 @@ const ENTER: &[u8] = b"\x1b[?1049h\x1b[?2004h\x1b[?25l\x1b[2J\x1b[H";
 /// Gives back what [`ENTER`] took, in the opposite order, and ends a synchronized update that was cut short.
 const LEAVE: &[u8] = b"\x1b[?2026l\x1b[m\x1b[?25h\x1b[?2004l\x1b[?1049l";
 
+/// Exit code after a panic, Rust's own.
+const PANICKED: i32 = 101;
+
 /// How the pen is set: what the next character will look like.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Pen {
@@ -239,7 +242,7 @@ impl<W: Write> Backend for Screen<W> {
 pub struct Takeover;
 
 impl Takeover {
-    /// Takes the terminal over and makes a panic give it back before its message is printed.
+    /// Takes the terminal over and makes a panic, in any thread, give it back, print its message and end the process.
     ///
     /// # Errors
     /// When standard input is no terminal.
@@ -254,6 +257,8 @@ impl Takeover {
             std::panic::set_hook(Box::new(move |info| {
                 restore();
                 previous(info);
+                // In whatever thread it was: a screen that is half alive helps nobody, and runs go on by themselves.
+                signal_hook::low_level::exit(PANICKED);
             }));
         });
         Ok(taken)

@@ -28,9 +28,14 @@ impl Workbench {
     }
 
     pub fn open_in(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::open_program(Path::new(env!("CARGO_BIN_EXE_tune")), home, arguments, environment)
+    }
+
+    /// Another program in its place.
+    pub fn open_program(program: &Path, home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let size = PtySize { rows: 30, cols: 100, pixel_width: 0, pixel_height: 0 };
         let pair = native_pty_system().openpty(size).unwrap();
-        let mut command = CommandBuilder::new(env!("CARGO_BIN_EXE_tune"));
+        let mut command = CommandBuilder::new(program);
         command.args(arguments);
         command.cwd(home);
         for (name, value) in [("TERM", "xterm-256color"), ("LANG", "C.UTF-8")] {
