@@ -17,6 +17,7 @@ BACKGROUND, TEXT = "#12151c", "#c8d0e0"
 NAMED = ["#1b1f2a", "#f07f7f", "#9ad08b", "#f0c36d", "#6c9fe8", "#d59bf0", "#7fd1c7", "#c8d0e0", "#6b7489", "#ff9a9a",
          "#b4e6a5", "#ffd98a", "#8db7f5", "#e6b8ff", "#9ce8df", "#ffffff"]
 TUNE = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else "target/release/tune")
+PLAIN = [None, None, False, False, False]
 DOCS = pathlib.Path(__file__).resolve().parent
 SOCKET = f"tune-pictures-{os.getpid()}"
 
@@ -44,9 +45,9 @@ def press(*keys):
         time.sleep(0.15)
 
 
-def cells(line):
-    """(character, (foreground, background, bold, underlined, reversed)) along a line with SGR codes."""
-    style = [None, None, False, False, False]
+def cells(line, style):
+    """(character, (foreground, background, bold, underlined, reversed)) along a line with SGR codes. `style` is the pen, which goes
+    on from line to line."""
     for code, character in re.findall(r"\x1b\[([0-9;]*)m|([^\x1b])", line):
         if character:
             yield character, tuple(style)
@@ -55,7 +56,7 @@ def cells(line):
         while numbers:
             number = numbers.pop(0)
             if number == 0:
-                style = [None, None, False, False, False]
+                style[:] = PLAIN
             elif number in (1, 4, 7):
                 style[{1: 2, 4: 3, 7: 4}[number]] = True
             elif number in (38, 48):
@@ -113,9 +114,10 @@ def save(name):
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" font-size="14" '
            "font-family=\"'DejaVu Sans Mono', Menlo, Consolas, monospace\">",
            f'<rect width="100%" height="100%" rx="8" fill="{BACKGROUND}"/>']
+    pen = list(PLAIN)
     for row, line in enumerate(lines):
         runs = []
-        for column, (character, style) in enumerate(cells(line)):
+        for column, (character, style) in enumerate(cells(line, pen)):
             if runs and runs[-1][1] == style:
                 runs[-1][2] += character
             else:
