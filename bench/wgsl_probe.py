@@ -73,10 +73,11 @@ class Runner:
         with open(self.path("jobs.json"), "w") as file:
             json.dump(self.jobs, file)
         done = subprocess.run([self.program, self.path("jobs.json")], capture_output=True, text=True)
-        if done.returncode:
-            print(done.stderr[-2000:])
+        if done.returncode or "failed" in done.stderr:
+            print(done.stderr[:300], done.stderr[-300:])
         results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        print(results[0] if results else "nothing")
+        if not results:
+            print("no device")
         self.jobs = []
         return {result["name"]: result for result in results if "name" in result}
 
@@ -120,7 +121,7 @@ fn log_sum_exp_put(i: u32, v: f32) { log_sum_exp[i] = v; }
         return sub(source, "let inverse = 1.0 / total;", "let inverse = 1.0;")
 
     def no_shrink(source):
-        start = source.index("    if (workgroupUniformLoad(&shrinking) != 0u) {")
+        start = source.index("    if (workgroupUniformLoad(&flags[1]) != 0u) {")
         end = source.index("    {\n      let ip =")
         return source[:start] + "    workgroupBarrier();\n" + source[end:]
 
@@ -154,7 +155,7 @@ fn log_sum_exp_put(i: u32, v: f32) { log_sum_exp[i] = v; }
         return re.sub(r"output_put4\(at[^;]*;", "", source)
 
     def separate_stage(source):
-        source = sub(source, "var<workgroup> bound: u32;", "var<workgroup> bound: u32;\nvar<workgroup> out_tile: array<vec4<f32>, 576>;")
+        source = sub(source, "var<workgroup> flags: array<u32, 4>;", "var<workgroup> flags: array<u32, 4>;\nvar<workgroup> out_tile: array<vec4<f32>, 576>;")
         start = source.index("let inverse = ")
         return source[:start] + source[start:].replace("score_tile", "out_tile")
 
@@ -189,11 +190,11 @@ fn log_sum_exp_put(i: u32, v: f32) { log_sum_exp[i] = v; }
         source = re.sub(r"\n +var o(\d) = coop_mat16x16<f32, C>\(\);", r"\n  let zo\1 = subgroup * 144u; let zp\1 = 9u; var o\1 = coopLoadT<coop_mat16x16<f32, C>>(&score_tile[zo\1], zp\1);", source)
         return sub(source, "  let begin = workgroupUniformLoad", "  for (var i = thread; i < 576u; i += 128u) { score_tile[i] = vec4<f32>(); }\n  workgroupBarrier();\n  let begin = workgroupUniformLoad")
 
-    variants = {"as it is": base, "no shrinking": no_shrink(base), "barriers": barriers(base), "value from global": value_from_global(base),
+    variants = {"as it is": base} if "brief" in sys.argv else {"as it is": base, "no shrinking": no_shrink(base), "barriers": barriers(base), "value from global": value_from_global(base),
                 "no prefetch": no_prefetch(base), "separate stage": separate_stage(base), "scalar tile": scalar_tile(base),
                 "value by columns": value_by_columns(base), "probability by columns": probability_by_columns(base),
                 "one by one": one_by_one(base), "zeroed by load": zeroed(base), "no shrinking, no prefetch, barriers": barriers(no_prefetch(no_shrink(base)))}
-    shown = {"identity": identity(base), "identity, no shrinking": identity(no_shrink(base)), "identity direct": direct(identity(base)),
+    shown = {"identity": identity(base)} if "brief" in sys.argv else {"identity": identity(base), "identity, no shrinking": identity(no_shrink(base)), "identity direct": direct(identity(base)),
              "identity, value from global": identity(value_from_global(base)), "identity, value by columns": identity(value_by_columns(base)),
              "probability shown": probability_shown(base), "value shown": value_shown(base)}
     bytes_of = np.zeros(16, "u4")
@@ -245,28 +246,28 @@ fn log_sum_exp_put(i: u32, v: f32) { log_sum_exp[i] = v; }
 # ---- products: every candidate -------------------------------------------------------------------------------------
 
 
-def product(layout, m, n, k, bm, bn, bk, sm, sn, mode, pad=1, f16_out=True):
-    """C[m, n] = op(A) op(B) of f16 in 16-byte units; layout as in lower/product.rs. `mode`: single, regs or double."""
+def product(layout, m, n, k, bm, bn, bk, sm, sn, mode, f16_out=True, pad=2):
+    """C[m, n] = op(A) op(B) of f16; layout as in lower/product.rs. `mode`: single, regs or double."""
     threads = sm * sn * 32
     a_by_k, b_by_k = layout != "TN", layout == "NT"
     a_rows, a_width = (bm, bk) if a_by_k else (bk, bm)
     b_rows, b_width = (bn, bk) if b_by_k else (bk, bn)
-    a_pitch, b_pitch = a_width // 8 + pad, b_width // 8 + pad
+    a_pitch, b_pitch = a_width // 4 + pad, b_width // 4 + pad
     a_size, b_size = a_rows * a_pitch, b_rows * b_pitch
     fm, fn = bm // sm // 16, bn // sn // 16
     copies = 2 if mode == "double" else 1
-    a_stride, b_stride = (k if a_by_k else m) // 8, (k if b_by_k else n) // 8
-    a_loads, b_loads = a_rows * a_width // 8 // threads, b_rows * b_width // 8 // threads
-    if a_loads == 0 or b_loads == 0 or (a_rows * a_width // 8) % threads or (b_rows * b_width // 8) % threads:
+    unit = 4
+    a_loads, b_loads = a_rows * a_width // unit // threads, b_rows * b_width // unit // threads
+    if a_loads == 0 or b_loads == 0 or (a_rows * a_width // unit) % threads or (b_rows * b_width // unit) % threads:
         return None
-    shared = copies * (a_size + b_size) * 16 + sm * sn * 1024
+    shared = copies * (a_size + b_size) * 8 + sm * sn * 1024
     if shared > 48 * 1024:
         return None
-    s = HEAD + f"""@group(0) @binding(0) var<storage, read> a: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> b: array<vec4<u32>>;
+    s = HEAD + f"""@group(0) @binding(0) var<storage, read> a: array<vec4<f16>>;
+@group(0) @binding(1) var<storage, read> b: array<vec4<f16>>;
 @group(0) @binding(2) var<storage, read_write> c: array<vec4<{'f16' if f16_out else 'f32'}>>;
-var<workgroup> ta: array<vec4<u32>, {a_size * copies}>;
-var<workgroup> tb: array<vec4<u32>, {b_size * copies}>;
+var<workgroup> ta: array<vec4<f16>, {a_size * copies}>;
+var<workgroup> tb: array<vec4<f16>, {b_size * copies}>;
 var<workgroup> staged: array<vec4<f32>, {64 * sm * sn}>;
 @compute @workgroup_size({threads})
 fn main(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) t: u32, @builtin(subgroup_id) sg: u32, @builtin(subgroup_invocation_id) lane: u32) {{
@@ -277,16 +278,16 @@ fn main(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) t:
         s += f"  var c{i}_{j} = coop_mat16x16<f32, C>();\n"
 
     def where(name, r):
-        width, by_k, stride, origin = (a_width, a_by_k, a_stride, "row0") if name == "a" else (b_width, b_by_k, b_stride, "col0")
-        i, u = f"(t + {r * threads}u)", width // 8
+        width, by_k, stride, origin = (a_width, a_by_k, k if a_by_k else m, "row0") if name == "a" else (b_width, b_by_k, k if b_by_k else n, "col0")
+        i, u = f"(t + {r * threads}u)", width // unit
         if by_k:
-            return f"{name}[({origin} + {i} / {u}u) * {stride}u + k0 / 8u + {i} % {u}u]"
-        return f"{name}[(k0 + {i} / {u}u) * {stride}u + {origin} / 8u + {i} % {u}u]"
+            return f"{name}[({origin} + {i} / {u}u) * {stride // unit}u + k0 / {unit}u + {i} % {u}u]"
+        return f"{name}[(k0 + {i} / {u}u) * {stride // unit}u + {origin} / {unit}u + {i} % {u}u]"
 
-    def slot(name, r):
+    def put(name, r, value):
         width, pitch = (a_width, a_pitch) if name == "a" else (b_width, b_pitch)
-        i, u = f"(t + {r * threads}u)", width // 8
-        return f"t{name}[{name}_at + {i} / {u}u * {pitch}u + {i} % {u}u]"
+        i, u = f"(t + {r * threads}u)", width // unit
+        return f"    t{name}[{name}_at + {i} / {u}u * {pitch}u + {i} % {u}u] = {value};\n"
 
     loads = [("a", r) for r in range(a_loads)] + [("b", r) for r in range(b_loads)]
 
@@ -295,10 +296,10 @@ fn main(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) t:
         for q in range(bk // 16):
             out += "    {\n"
             for i in range(fm):
-                at = f"(sr + {i * 16}u) * {a_pitch}u + {q * 2}u" if a_by_k else f"{q * 16 * a_pitch}u + (sr + {i * 16}u) / 8u"
+                at = f"(sr + {i * 16}u) * {a_pitch}u + {q * 4}u" if a_by_k else f"{q * 16 * a_pitch}u + (sr + {i * 16}u) / 4u"
                 out += f"      let ia{i} = a_use + {at}; let ja{i} = {a_pitch}u; let a{i} = {'coopLoadT' if a_by_k else 'coopLoad'}<coop_mat16x16<f16, A>>(&ta[ia{i}], ja{i});\n"
             for j in range(fn):
-                at = f"(sc + {j * 16}u) * {b_pitch}u + {q * 2}u" if b_by_k else f"{q * 16 * b_pitch}u + (sc + {j * 16}u) / 8u"
+                at = f"(sc + {j * 16}u) * {b_pitch}u + {q * 4}u" if b_by_k else f"{q * 16 * b_pitch}u + (sc + {j * 16}u) / 4u"
                 out += f"      let ib{j} = b_use + {at}; let jb{j} = {b_pitch}u; let b{j} = {'coopLoad' if b_by_k else 'coopLoadT'}<coop_mat16x16<f16, B>>(&tb[ib{j}], jb{j});\n"
             for i, j in itertools.product(range(fm), range(fn)):
                 out += f"      c{i}_{j} = coopMultiplyAdd(a{i}, b{j}, c{i}_{j});\n"
@@ -307,21 +308,21 @@ fn main(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) t:
 
     if mode == "single":
         s += f"  let a_at = 0u; let b_at = 0u; let a_use = 0u; let b_use = 0u;\n  for (var k0 = 0u; k0 < {k}u; k0 += {bk}u) {{\n"
-        s += "".join(f"    {slot(n_, r)} = {where(n_, r)};\n" for n_, r in loads)
+        s += "".join(put(n_, r, where(n_, r)) for n_, r in loads)
         s += "    workgroupBarrier();\n" + compute() + "    workgroupBarrier();\n  }\n"
     else:
         s += "  var k0 = 0u;\n" + "".join(f"  var n{n_}{r} = {where(n_, r)};\n" for n_, r in loads)
         if mode == "regs":
             s += f"  let a_at = 0u; let b_at = 0u; let a_use = 0u; let b_use = 0u;\n  for (var step = 0u; step < {k // bk}u; step++) {{\n"
-            s += "".join(f"    {slot(n_, r)} = n{n_}{r};\n" for n_, r in loads) + "    workgroupBarrier();\n"
+            s += "".join(put(n_, r, f"n{n_}{r}") for n_, r in loads) + "    workgroupBarrier();\n"
             s += f"    k0 = min(k0 + {bk}u, {k - bk}u);\n" + "".join(f"    n{n_}{r} = {where(n_, r)};\n" for n_, r in loads)
             s += compute() + "    workgroupBarrier();\n  }\n"
         else:
-            s += "  {let a_at = 0u; let b_at = 0u;\n" + "".join(f"  {slot(n_, r)} = n{n_}{r};\n" for n_, r in loads) + "  }\n  workgroupBarrier();\n"
+            s += "  {let a_at = 0u; let b_at = 0u;\n" + "".join(put(n_, r, f"n{n_}{r}") for n_, r in loads) + "  }\n  workgroupBarrier();\n"
             s += f"  for (var step = 0u; step < {k // bk}u; step++) {{\n    k0 = min(k0 + {bk}u, {k - bk}u);\n"
             s += f"    let a_use = (step & 1u) * {a_size}u; let b_use = (step & 1u) * {b_size}u; let a_at = {a_size}u - a_use; let b_at = {b_size}u - b_use;\n"
             s += "".join(f"    n{n_}{r} = {where(n_, r)};\n" for n_, r in loads) + compute()
-            s += "".join(f"    {slot(n_, r)} = n{n_}{r};\n" for n_, r in loads) + "    workgroupBarrier();\n  }\n"
+            s += "".join(put(n_, r, f"n{n_}{r}") for n_, r in loads) + "    workgroupBarrier();\n  }\n"
     for i, j in itertools.product(range(fm), range(fn)):
         if f16_out:
             s += f"""  {{ let o = sg * 64u; let so = 4u; coopStoreT(c{i}_{j}, &staged[o], so); workgroupBarrier();
@@ -344,44 +345,45 @@ def half_noise(count, size):
     return ((i >> np.uint64(8)).astype("f8") / 8388608.0 - 1.0) * size
 
 
-TILES = [(128, 128, 32, 2, 2), (128, 128, 64, 2, 2), (128, 128, 16, 2, 2), (128, 128, 32, 2, 4), (128, 128, 32, 4, 2), (128, 256, 32, 2, 4),
-         (256, 128, 32, 4, 2), (128, 256, 16, 2, 4), (256, 128, 16, 4, 2), (128, 256, 32, 2, 2), (256, 64, 32, 4, 1), (128, 64, 32, 2, 1), (64, 128, 32, 1, 2),
-         (256, 256, 16, 4, 4), (128, 192, 32, 2, 3), (64, 64, 32, 2, 2), (64, 64, 64, 2, 2)]
+TILES = [(128, 128, 32, 2, 2), (128, 128, 64, 2, 2), (128, 128, 32, 2, 4), (128, 256, 32, 2, 4), (256, 128, 32, 4, 2), (128, 64, 32, 2, 1), (64, 64, 32, 2, 2)]
 
 
 def products(runner, shapes):
-    names, wanted = {}, {}
-    for (m, k, n), layout in itertools.product(shapes, ("NT", "NN", "TN")):
+    names, wanted, results = {}, {}, {}
+    for (m, k, n), layout, mode in itertools.product(shapes, ("NT", "NN", "TN"), ("single", "regs", "double", "f32")):
         # Tokens m, inputs k, outputs n: forward, gradient of the input, gradient of the weight.
         pm, pn, pk = {"NT": (m, n, k), "NN": (m, k, n), "TN": (n, k, m)}[layout]
-        for tile, mode, pad in itertools.product(TILES, ("single", "regs", "double"), (1,)):
+        for tile in TILES if layout == "NT" else TILES[:4]:
             bm, bn, bk = tile[:3]
-            if pm % bm or pn % bn or pk % bk:
+            if pm % bm or pn % bn or pk % bk or (mode == "f32" and tile != TILES[0]):
                 continue
-            source = product(layout, pm, pn, pk, *tile, mode, pad)
+            source = product(layout, pm, pn, pk, *tile, "single" if mode == "f32" else mode, mode != "f32")
             if source is None:
                 continue
             name = f"{layout} {pm}x{pn}x{pk} tile {bm}x{bn}x{bk} of {tile[3]}x{tile[4]} {mode}"
+            size = 4 if mode == "f32" else 2
             buffers = [{"bytes": pm * pk * 2, "noise": 0.5}, {"bytes": pn * pk * 2, "noise": 0.4},
-                       {"bytes": pm * pn * 2, "keep": runner.path("out " + name), "keep_bytes": 256 * pn * 2}]
+                       {"bytes": pm * pn * size, "keep": runner.path("out " + name), "keep_bytes": 256 * pn * size}]
             names[name] = (layout, pm, pn, pk)
             runner.job(name, source, buffers, [pn // bn, pm // bm, 1], 5)
-    results = runner.run()
+        # A process of its own: a shader that the driver does not compile takes the device with it.
+        if runner.jobs:
+            results |= runner.run()
     best = {}
     for name, (layout, pm, pn, pk) in names.items():
         result = results.get(name, {"error": "no result"})
         if result.get("error") or not result.get("seconds"):
             print(f"{name}: {result.get('error')}"[:300])
             continue
-        out = np.fromfile(runner.path("out " + name), "f2").reshape(256, pn)
+        out = np.fromfile(runner.path("out " + name), "f4" if name.endswith("f32") else "f2").reshape(256, pn)
         key = (layout, pm, pn, pk)
         if key not in wanted:
-            a = half_noise(pm * pk, 0.5).astype("f2").astype("f8")
-            b = half_noise(pn * pk, 0.4).astype("f2").astype("f8")
+            a = half_noise(pm * pk, 0.5).astype("f2").astype("f4")
+            b = half_noise(pn * pk, 0.4).astype("f2").astype("f4")
             a = a.reshape(pm, pk) if layout != "TN" else a.reshape(pk, pm).T
             b = b.reshape(pn, pk).T if layout == "NT" else b.reshape(pk, pn)
             rows, columns = [0, 1, 77, 130, 255], [0, 2, pn // 3, pn - 1, 131]
-            wanted[key] = (rows, columns, a[rows] @ b[:, columns])
+            wanted[key] = (rows, columns, a[rows].astype("f8") @ b[:, columns].astype("f8"))
         rows, columns, want = wanted[key]
         error = np.linalg.norm(out[np.ix_(rows, columns)].astype("f8") - want) / np.linalg.norm(want)
         rate = 2.0 * pm * pn * pk / result["seconds"] / 1e12
@@ -412,6 +414,8 @@ def pytorch(shapes):
 if __name__ == "__main__":
     shapes = [(4096, 4096, 4096), (4096, 14336, 4096)]
     for what in sys.argv[2:]:
+        if what == "brief":
+            continue
         print(f"== {what}", flush=True)
         begun = time.perf_counter()
         runner = Runner(sys.argv[1])
@@ -419,6 +423,8 @@ if __name__ == "__main__":
             attention(runner)
         elif what == "products":
             products(runner, shapes)
+        elif what == "square":
+            products(runner, shapes[:1])
         elif what == "small":
             products(runner, [(4096, 576, 1536)])
         elif what == "pytorch":

@@ -13,7 +13,9 @@ var<workgroup> probability_tile: array<vec4<f16>, 640>;
 var<workgroup> lse_row: array<vec4<f32>, 8>;
 var<workgroup> mean_row: array<vec4<f32>, 8>;
 var<workgroup> lowest_row: array<vec4<u32>, 8>;
-var<workgroup> bound: u32;
+// Whole sixteens of bytes, as every array here: fragments are read from addresses rounded down to them, and a lone
+// word may leave the tile that follows it between two.
+var<workgroup> flags: array<u32, 4>;
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32,
@@ -26,12 +28,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let half = lane % 2u;
   let key = first + row;
   if (thread == 0u) {
-    bound = u32(document_end_get(first + 63u));
+    flags[0] = u32(document_end_get(first + 63u));
 #if WINDOW
-    bound = min(bound, first + 63u + p.window);
+    flags[0] = min(flags[0], first + 63u + p.window);
 #end
   }
-  let end = min(workgroupUniformLoad(&bound), p.tokens);
+  let end = min(workgroupUniformLoad(&flags[0]), p.tokens);
 #for d FRAGMENTS
   var k{d} = coop_mat16x16<f32, C>();
   var v{d} = coop_mat16x16<f32, C>();

@@ -9,7 +9,9 @@ var<workgroup> score_tile: array<vec4<f32>, 576>;
 // grad_output · valueᵀ, then the gradient of the scores as f16.
 var<workgroup> grad_tile: array<vec4<f32>, 576>;
 var<workgroup> probability_tile: array<vec4<f16>, 640>;
-var<workgroup> bound: u32;
+// Whole sixteens of bytes, as every array here: fragments are read from addresses rounded down to them, and a lone
+// word may leave the tile that follows it between two.
+var<workgroup> flags: array<u32, 4>;
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32,
@@ -26,8 +28,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let lowest = lowest_key(query);
   let lse = log_sum_exp_get(query * p.heads + head);
   let mean = delta_get(query * p.heads + head);
-  if (thread == 0u) { bound = lowest_key(first); }
-  let begin = workgroupUniformLoad(&bound) / 32u * 32u;
+  if (thread == 0u) { flags[0] = lowest_key(first); }
+  let begin = workgroupUniformLoad(&flags[0]) / 32u * 32u;
   let end = first + 64u;
 #for d FRAGMENTS
   let iq{d} = (first + subgroup * 16u) * stride4 + head * D4 + {d}u * 4u;

@@ -14,8 +14,9 @@ var<workgroup> score_tile: array<vec4<f32>, 576>;
 // [64, 32], rows 10 vec4 apart.
 var<workgroup> probability_tile: array<vec4<f16>, 640>;
 var<workgroup> shrink_row: array<f32, 64>;
-var<workgroup> shrinking: u32;
-var<workgroup> bound: u32;
+// Whole sixteens of bytes, as every array here: fragments are read from addresses rounded down to them, and a lone
+// word may leave the tile that follows it between two.
+var<workgroup> flags: array<u32, 4>;
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32,
@@ -32,10 +33,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let query = first + row;
   let lowest = lowest_key(query);
   if (thread == 0u) {
-    bound = lowest_key(first);
-    shrinking = 0u;
+    flags[0] = lowest_key(first);
+    flags[1] = 0u;
   }
-  let begin = workgroupUniformLoad(&bound) / 32u * 32u;
+  let begin = workgroupUniformLoad(&flags[0]) / 32u * 32u;
   let end = first + 64u;
 #for d FRAGMENTS
   let iq{d} = (first + subgroup * 16u) * stride4 + head * D4 + {d}u * 4u;
@@ -56,7 +57,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     value_tile[slot{r}] = next_value{r};
 #end
     workgroupBarrier();
-    if (thread == 0u) { shrinking = 0u; }
+    if (thread == 0u) { flags[1] = 0u; }
     if (key0 + 32u < end) {
 #for r LOADS
       next_key{r} = qkv[(key0 + 32u + (thread + {r}u * 128u) / D4) * stride4 + key4 + (thread + {r}u * 128u) % D4];
@@ -97,7 +98,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (top > highest + 8.0) {
       shrink = exp(highest - top);
       // The first tile that a row sees finds nothing to shrink.
-      if (highest > -1e29) { shrinking = 1u; }
+      if (highest > -1e29) { flags[1] = 1u; }
       highest = top;
       total *= shrink;
     }
@@ -107,7 +108,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     total += y{v}.x + y{v}.y + y{v}.z + y{v}.w;
     probability_tile[row * 10u + half * 4u + {v}u] = vec4<f16>(y{v});
 #end
-    if (workgroupUniformLoad(&shrinking) != 0u) {
+    if (workgroupUniformLoad(&flags[1]) != 0u) {
 #for d FRAGMENTS
       {
         let io = subgroup * 144u;
