@@ -129,6 +129,7 @@ pub fn open_tuned(
 ) -> Result<Box<dyn Session>, EngineError> {
     match device {
         Device::Cuda(ordinal) => Ok(Box::new(cuda::open_tuned(plan, weights, *ordinal, tuning)?)),
+        Device::Wgpu(options) => Ok(Box::new(wgpu::open_tuned(plan, weights, options, tuning)?)),
         _ => open(plan, weights, device),
     }
 }

@@ -1,4 +1,4 @@
-//! Compiled pipelines in the user's private cache folder, one file an adapter and driver. A file is the SHA-256 of its
+//! Compiled pipelines and measured choices in the user's private cache folder, one file each an adapter and driver. A file is the SHA-256 of its
 //! contents, then the contents; what does not agree with its checksum is left aside. Trouble with the cache is none.
 
 use std::fs;
@@ -7,7 +7,55 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use super::kernel::source;
+use super::lower::Choices;
+use super::tuning;
+
 const CHECKSUM: usize = 32;
+
+/// Shaders that are chosen between.
+const CHOSEN: [&str; 9] = [
+    "matmul",
+    "matmul_cooperative",
+    "attention",
+    "attention_mask",
+    "attention_backward_query",
+    "attention_backward_key_value",
+    "attention_cooperative",
+    "attention_backward_query_cooperative",
+    "attention_backward_key_value_cooperative",
+];
+
+/// The file of choices; other shaders are other candidates.
+fn choices_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
+    let folders = directories::ProjectDirs::from("", "", "tune")?;
+    let mut digest = Sha256::new();
+    let adapter = format!("{} {} {:?} {} {}", info.vendor, info.device, info.backend, info.driver, info.driver_info);
+    digest.update(adapter.as_bytes());
+    for name in CHOSEN {
+        digest.update(source(name).unwrap_or_default().as_bytes());
+    }
+    let name: String = digest.finalize().as_slice()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(folders.cache_dir().join("wgpu").join(format!("choices-{name}")))
+}
+
+/// What was measured on this adapter before.
+pub fn load_choices(info: &wgpu::AdapterInfo) -> Choices {
+    let contents = choices_file(info).and_then(|path| fs::read(path).ok()).unwrap_or_default();
+    let Some((digest, data)) = contents.split_at_checked(CHECKSUM) else { return Choices::new() };
+    if Sha256::digest(data).as_slice() != digest {
+        return Choices::new();
+    }
+    std::str::from_utf8(data).map(tuning::parse).unwrap_or_default()
+}
+
+/// Keeps all choices made so far.
+pub fn save_choices(info: &wgpu::AdapterInfo, choices: &Choices) {
+    if let Some(path) = choices_file(info) {
+        // Without the file the next run measures again: nothing to tell anyone.
+        let _ = write(&path, tuning::text(choices).as_bytes());
+    }
+}
 
 /// The file for an adapter; none where the backend keeps no pipelines, or there is no home folder.
 fn file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {

@@ -113,6 +113,7 @@ shaders!(
     "loss_sum",
     "matmul",
     "matmul_cooperative",
+    "noise",
     "partial_sum",
     "random",
     "rms_norm",

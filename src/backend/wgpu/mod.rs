@@ -6,6 +6,7 @@
 //! lower      operations -> dispatches
 //! kernel     a shader file with constants, bindings and parameters -> WGSL
 //! template   the directives in shader files
+//! tuning     which kernel, by measurement
 //! session    buffers, pipelines and launches on an open device
 //! ```
 //!
@@ -20,6 +21,7 @@ mod session;
 mod storage;
 mod tables;
 mod template;
+mod tuning;
 mod upload;
 
 use std::sync::Arc;
@@ -35,5 +37,18 @@ use crate::program::Plan;
 /// # Errors
 /// When the adapter is not there, the plan is beyond it, or memory runs out.
 pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, options: &Options) -> Result<WgpuSession, EngineError> {
-    WgpuSession::open(plan, weights, options)
+    WgpuSession::open(plan, weights, options, None)
+}
+
+/// As [`open`], with the choices that [`Session::tuning`](super::Session::tuning) gave.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_tuned(
+    plan: Plan,
+    weights: Arc<dyn WeightSource>,
+    options: &Options,
+    table: Option<&str>,
+) -> Result<WgpuSession, EngineError> {
+    WgpuSession::open(plan, weights, options, table)
 }

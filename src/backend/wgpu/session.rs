@@ -7,9 +7,9 @@ use rayon::prelude::*;
 
 use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
 use super::kernel::Kernel;
-use super::lower::{Dispatch, Facts, Lowering, SOFTWARE_LOOP_LIMIT};
+use super::lower::{Choices, Dispatch, Facts, GradientScale, Lowering, Question, SOFTWARE_LOOP_LIMIT};
 use super::storage::{Place, Storage};
-use super::{tables, upload};
+use super::{cache, tables, tuning, upload};
 use crate::backend::{EngineError, Session, WeightSource};
 use crate::program::{BufferId, DType, Kind, Plan};
 
@@ -19,10 +19,10 @@ const SLAB_BYTES: u64 = 1 << 30;
 /// Uploads in flight are waited for after this many bytes: staging memory holds them until then.
 const UPLOAD_BYTES: u64 = 256 << 20;
 
-struct Launch {
-    kernel: usize,
-    bindings: wgpu::BindGroup,
-    grid: [u32; 3],
+pub(super) struct Launch {
+    pub kernel: usize,
+    pub bindings: wgpu::BindGroup,
+    pub grid: [u32; 3],
 }
 
 /// A program's launches, and where each step's begin.
@@ -40,10 +40,11 @@ pub struct WgpuSession {
     programs: Vec<Prepared>,
     staging: Option<wgpu::Buffer>,
     gradient_factor: Option<f32>,
+    choices: Choices,
     allocated: u64,
 }
 
-struct Memory {
+pub(super) struct Memory {
     segments: Vec<wgpu::Buffer>,
     slabs: Vec<wgpu::Buffer>,
     scratch: Option<wgpu::Buffer>,
@@ -51,8 +52,41 @@ struct Memory {
     tables: wgpu::Buffer,
 }
 
+/// All programs as dispatches.
+struct Lowered {
+    kernels: Vec<Kernel>,
+    dispatches: Vec<Dispatch>,
+    /// Each program's dispatches, and where each step's begin.
+    ranges: Vec<(Range<usize>, Vec<usize>)>,
+    scratch: u64,
+    unpacked: u64,
+    gradient_scale: Option<GradientScale>,
+    questions: Vec<Question>,
+}
+
+fn lower(plan: &Plan, storage: &Storage, facts: &Facts, choices: &Choices) -> Result<Lowered, EngineError> {
+    let mut lowering = Lowering::new(plan, storage, facts.clone(), choices);
+    let mut ranges = Vec::new();
+    for program in &plan.workload.programs {
+        let start = lowering.dispatches.len();
+        let mut steps = vec![0];
+        for step in &program.steps {
+            lowering.op(&step.op).map_err(|error| at_step(error, &program.name, &step.name))?;
+            steps.push(lowering.dispatches.len() - start);
+        }
+        ranges.push((start..lowering.dispatches.len(), steps));
+    }
+    let Lowering { kernels, dispatches, scratch, unpacked, gradient_scale, questions, .. } = lowering;
+    Ok(Lowered { kernels, dispatches, ranges, scratch, unpacked, gradient_scale, questions })
+}
+
 impl Memory {
-    fn buffer(&self, place: Place) -> &wgpu::Buffer {
+    /// Everything that programs write or read but the tables.
+    pub fn all(&self) -> impl Iterator<Item = &wgpu::Buffer> {
+        self.segments.iter().chain(&self.slabs).chain(&self.scratch).chain(&self.unpacked)
+    }
+
+    pub fn buffer(&self, place: Place) -> &wgpu::Buffer {
         match place {
             Place::Segment(index) => &self.segments[index],
             Place::Slab(index) => &self.slabs[index],
@@ -68,11 +102,31 @@ impl WgpuSession {
     ///
     /// # Errors
     /// When the adapter is not there, the plan is beyond it, or memory runs out.
-    pub fn open(plan: Plan, weights: Arc<dyn WeightSource>, options: &Options) -> Result<WgpuSession, EngineError> {
+    pub fn open(
+        plan: Plan,
+        weights: Arc<dyn WeightSource>,
+        options: &Options,
+        table: Option<&str>,
+    ) -> Result<WgpuSession, EngineError> {
         let gpu = Gpu::shared(options)?;
+        let software = gpu.info.device_type == wgpu::DeviceType::Cpu;
+        let mut choices = if software { Choices::new() } else { cache::load_choices(&gpu.info) };
+        choices.extend(table.map(tuning::parse).unwrap_or_default());
+        Self::open_on(gpu, plan, weights, choices, !software)
+    }
+
+    /// Opens with `choices` made; `measures` those that are not.
+    fn open_on(
+        gpu: Arc<Gpu>,
+        plan: Plan,
+        weights: Arc<dyn WeightSource>,
+        mut choices: Choices,
+        measures: bool,
+    ) -> Result<WgpuSession, EngineError> {
         let software = gpu.info.device_type == wgpu::DeviceType::Cpu;
         let facts = Facts {
             software,
+            measures,
             f16: gpu.f16,
             cooperative: gpu.cooperative,
             binding: binding_limit(&gpu.limits),
@@ -82,18 +136,7 @@ impl WgpuSession {
         };
         let largest = SLAB_BYTES.min(facts.binding).min(gpu.limits.max_buffer_size);
         let storage = Storage::new(&plan, largest, facts.f16 && plan.target.compute == DType::F16);
-        let mut lowering = Lowering::new(&plan, &storage, facts);
-        let mut ranges = Vec::new();
-        for program in &plan.workload.programs {
-            let start = lowering.dispatches.len();
-            let mut steps = vec![0];
-            for step in &program.steps {
-                lowering.op(&step.op).map_err(|error| at_step(error, &program.name, &step.name))?;
-                steps.push(lowering.dispatches.len() - start);
-            }
-            ranges.push((start..lowering.dispatches.len(), steps));
-        }
-        let Lowering { kernels, dispatches, scratch, unpacked, gradient_scale, .. } = lowering;
+        let mut lowered = lower(&plan, &storage, &facts, &choices)?;
         let mut allocated = 0;
         let mut allocate = |label: String, size: u64, usage: wgpu::BufferUsages| {
             let size = size.next_multiple_of(256).max(256);
@@ -125,13 +168,29 @@ impl WgpuSession {
         let values = tables::values();
         let table = all("tables", &[4 * values.len() as u64])?.remove(0);
         gpu.queue.write_buffer(&table, 0, bytemuck::cast_slice(&values));
-        let memory = Memory {
+        let mut memory = Memory {
             tables: table,
             segments: all("arena segment", &storage.segments)?,
             slabs: all("slab", &storage.slabs)?,
-            scratch: all("scratch", &[scratch])?.pop(),
-            unpacked: if unpacked > 0 { all("unpacked weight", &[unpacked])?.pop() } else { None },
+            scratch: None,
+            unpacked: if lowered.unpacked > 0 { all("unpacked weight", &[lowered.unpacked])?.pop() } else { None },
         };
+        if !lowered.questions.is_empty() {
+            let (trials, scratch) = tuning::trials(&plan, &storage, &facts, lowered.questions)?;
+            memory.scratch = Some(gpu.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("scratch of trials"),
+                size: scratch.next_multiple_of(256).max(256),
+                usage,
+                mapped_at_creation: false,
+            }));
+            choices.extend(tuning::measure(&gpu, &memory, &plan, &storage, &trials)?);
+            if !software {
+                cache::save_choices(&gpu.info, &choices);
+            }
+            lowered = lower(&plan, &storage, &facts, &choices)?;
+        }
+        let Lowered { kernels, dispatches, ranges, scratch, gradient_scale, .. } = lowered;
+        memory.scratch = all("scratch", &[scratch])?.pop();
         let (packed, offsets) = pack(&dispatches);
         let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
         let parameters = allocate("parameters".into(), packed.len() as u64, uniform)?;
@@ -162,6 +221,7 @@ impl WgpuSession {
             programs,
             staging: None,
             gradient_factor: gradient_scale.map(|scale| scale.factor),
+            choices,
             allocated,
         };
         session.load(weights.as_ref())?;
@@ -223,18 +283,7 @@ impl WgpuSession {
 
     fn submit(&self, launches: &[Launch]) -> Result<(), EngineError> {
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            let mut current = usize::MAX;
-            for launch in launches {
-                if launch.kernel != current {
-                    pass.set_pipeline(&self.compiled[launch.kernel].pipeline);
-                    current = launch.kernel;
-                }
-                pass.set_bind_group(0, &launch.bindings, &[]);
-                pass.dispatch_workgroups(launch.grid[0], launch.grid[1], launch.grid[2]);
-            }
-        }
+        dispatch_all(&mut encoder, &self.compiled, launches);
         self.gpu.queue.submit([encoder.finish()]);
         self.gpu.failure.check()
     }
@@ -310,8 +359,26 @@ impl Session for WgpuSession {
         self.gpu.wait()
     }
 
+    fn tuning(&self) -> Option<String> {
+        (!self.choices.is_empty()).then(|| tuning::text(&self.choices))
+    }
+
     fn allocated_bytes(&self) -> u64 {
         self.allocated
+    }
+}
+
+/// One pass of launches.
+pub(super) fn dispatch_all(encoder: &mut wgpu::CommandEncoder, compiled: &[Arc<Compiled>], launches: &[Launch]) {
+    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+    let mut current = usize::MAX;
+    for launch in launches {
+        if launch.kernel != current {
+            pass.set_pipeline(&compiled[launch.kernel].pipeline);
+            current = launch.kernel;
+        }
+        pass.set_bind_group(0, &launch.bindings, &[]);
+        pass.dispatch_workgroups(launch.grid[0], launch.grid[1], launch.grid[2]);
     }
 }
 
@@ -325,7 +392,7 @@ fn at_step(error: EngineError, program: &str, step: &str) -> EngineError {
 }
 
 /// The parameters of all dispatches end to end, equal ones once; offsets are multiples of 256.
-fn pack(dispatches: &[Dispatch]) -> (Vec<u8>, Vec<u64>) {
+pub(super) fn pack(dispatches: &[Dispatch]) -> (Vec<u8>, Vec<u64>) {
     let mut packed = Vec::new();
     let mut known = std::collections::HashMap::new();
     let offsets = dispatches
@@ -342,7 +409,7 @@ fn pack(dispatches: &[Dispatch]) -> (Vec<u8>, Vec<u64>) {
     (packed, offsets)
 }
 
-fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Arc<Compiled>, EngineError> {
+pub(super) fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Arc<Compiled>, EngineError> {
     let known = gpu.compiled.lock().ok().and_then(|compiled| compiled.get(kernel).cloned());
     if let Some(known) = known {
         return Ok(known);
@@ -398,7 +465,7 @@ fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Arc<Compiled>, EngineError> {
     }
 }
 
-fn bind_group(
+pub(super) fn bind_group(
     gpu: &Gpu,
     compiled: &Compiled,
     memory: &Memory,

@@ -1,6 +1,6 @@
 //! Attention: in training, backward, and with a cache.
 
-use super::{Call, Lowering};
+use super::{Call, Lowering, Work};
 use crate::backend::EngineError;
 use crate::backend::wgpu::storage::View;
 use crate::program::{AttentionShape, DType, Op};
@@ -16,7 +16,7 @@ impl Lowering<'_> {
         match op {
             Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } => {
                 let (qkv, output) = (self.view(*qkv), self.view(*output));
-                let (tile, file) = if self.fits_fragments(shape, &qkv) {
+                let (tile, file) = if self.on_fragments(op, shape, &qkv) {
                     (WIDE, "attention_cooperative")
                 } else {
                     (TILE, "attention")
@@ -51,7 +51,7 @@ impl Lowering<'_> {
                 call.number("count", count).number("head_dim", shape.head_dim);
                 self.launch(call, [count.div_ceil(64), 1, 1])?;
                 let vector = by_fours(shape, &qkv);
-                let (tile, files) = if self.fits_fragments(shape, &qkv) {
+                let (tile, files) = if self.on_fragments(op, shape, &qkv) {
                     (WIDE, ["attention_backward_query_cooperative", "attention_backward_key_value_cooperative"])
                 } else {
                     (TILE, ["attention_backward_query", "attention_backward_key_value"])
@@ -101,12 +101,27 @@ impl Lowering<'_> {
         }
     }
 
+    /// Whether attention runs on cooperative matrices: where it can and was measured to agree and to be faster, or where
+    /// `TUNE_COOPERATIVE_ATTENTION` is set, for the check. Its tiles came out wrong on an NVIDIA H100
+    /// (`bench/wgsl.sh check`), so no rule chooses it.
+    fn on_fragments(&mut self, op: &Op, shape: &AttentionShape, qkv: &View) -> bool {
+        if !self.fits_fragments(shape, qkv) {
+            return false;
+        }
+        let AttentionShape { heads, kv_heads, head_dim, window, softcap, .. } = shape;
+        let key = format!(
+            "{} {} tokens, {heads}/{kv_heads} heads of {head_dim}, window {window:?}, softcap {softcap:?}",
+            op.name(),
+            qkv.rows
+        );
+        let names = ["threads", "subgroups"].map(str::to_string).to_vec();
+        let forced = std::env::var_os("TUNE_COOPERATIVE_ATTENTION").is_some();
+        forced || self.choose(key, names, 0, || Work::Attention(Box::new(op.clone()))) == 1
+    }
+
     /// Whether attention can run on cooperative matrices: f16, whole tiles, rows of whole fragments.
     fn fits_fragments(&self, shape: &AttentionShape, qkv: &View) -> bool {
-        // Its tiles came out wrong on an NVIDIA H100 (`bench/wgsl.sh check`), so it waits for the variable that the
-        // check sets; products on cooperative matrices agree there.
-        std::env::var_os("TUNE_COOPERATIVE_ATTENTION").is_some()
-            && self.facts.cooperative
+        self.facts.cooperative
             && qkv.dtype == DType::F16
             && matches!(shape.head_dim, 16 | 32 | 64 | 128)
             && qkv.rows.is_multiple_of(WIDE)

@@ -4,6 +4,7 @@
 //! names its kernel by number.
 
 mod attention;
+mod choice;
 mod linear;
 mod loss;
 mod optimizer;
@@ -11,6 +12,8 @@ mod product;
 mod rows;
 
 use std::collections::{BTreeMap, HashMap};
+
+pub use choice::{Choices, Question, Work};
 
 use super::kernel::{Binding, Element, Kernel, Value};
 use super::storage::{Place, Storage, View};
@@ -31,6 +34,8 @@ pub struct Facts {
     pub software: bool,
     /// Workgroups that keep the device busy.
     pub workgroups: u32,
+    /// Candidates are measured; else rules decide.
+    pub measures: bool,
     /// Iterations, of all loops together, after which the driver ends a shader's loops: Mesa's software adapters do so
     /// at 65,536 and say nothing.
     pub loop_limit: Option<usize>,
@@ -74,6 +79,9 @@ pub struct Lowering<'a> {
     /// Bytes of the largest unpacked weight.
     pub unpacked: u64,
     pub gradient_scale: Option<GradientScale>,
+    choices: &'a Choices,
+    /// What was decided without a measurement.
+    pub questions: Vec<Question>,
 }
 
 /// A launch being written.
@@ -87,7 +95,7 @@ pub struct Call {
 }
 
 impl<'a> Lowering<'a> {
-    pub fn new(plan: &'a Plan, storage: &'a Storage, facts: Facts) -> Lowering<'a> {
+    pub fn new(plan: &'a Plan, storage: &'a Storage, facts: Facts, choices: &'a Choices) -> Lowering<'a> {
         let gradient_scale = loss_scale_of_half_gradients(plan)
             .map(|scale| GradientScale { factor: HALF_GRADIENT_FACTOR, loss_scale: storage.view(scale) });
         Lowering {
@@ -100,6 +108,8 @@ impl<'a> Lowering<'a> {
             scratch: 0,
             unpacked: 0,
             gradient_scale,
+            choices,
+            questions: Vec::new(),
         }
     }
 

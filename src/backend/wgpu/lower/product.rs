@@ -1,6 +1,6 @@
 //! Matrix products: which kernel, in which tiles, split how.
 
-use super::{Call, Lowering};
+use super::{Call, Lowering, Work};
 use crate::backend::EngineError;
 use crate::backend::wgpu::storage::View;
 use crate::program::{DType, Dropout};
@@ -107,6 +107,21 @@ impl Product {
         }
     }
 
+    /// What decides how fast kernels are: layout, shape, types and what is fused.
+    fn key(&self) -> String {
+        let Product { layout, m, n, k, .. } = self;
+        let mut key = format!("{layout:?} {m}x{n}x{k} {} {}", self.a.dtype.name(), self.c.dtype.name());
+        if let Some(second) = &self.second {
+            key += &format!(" second {}", second.k);
+        }
+        if let Some(segments) = &self.segments {
+            key += &format!(" segments {:?}", segments.starts);
+        }
+        let parts = [(self.bias.is_some(), "bias"), (self.accumulate, "sum"), (self.dropout.is_some(), "dropout")];
+        parts.iter().filter(|part| part.0).for_each(|part| key = format!("{key} {}", part.1));
+        key
+    }
+
     /// Whether A's rows, as stored, can be read four elements at a time.
     fn a_by_fours(&self) -> bool {
         let along = if self.layout == Layout::TN { self.m } else { self.k };
@@ -133,7 +148,15 @@ enum Share {
     /// A thread's part of the tile, in fours.
     Threads { tm4: usize, tn4: usize },
     /// Subgroups down and across, on cooperative matrices.
-    Subgroups { down: usize, across: usize },
+    Subgroups { down: usize, across: usize, stage: Stage },
+}
+
+/// How tiles come to workgroup memory (`matmul_cooperative.wgsl`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Double,
+    Ahead,
+    Plain,
 }
 
 const fn threads(bm: usize, bn: usize, bk: usize, tm4: usize, tn4: usize) -> Tile {
@@ -141,8 +164,24 @@ const fn threads(bm: usize, bn: usize, bk: usize, tm4: usize, tn4: usize) -> Til
 }
 
 const fn subgroups(bm: usize, bn: usize, bk: usize, down: usize, across: usize) -> Tile {
-    Tile { bm, bn, bk, share: Share::Subgroups { down, across } }
+    Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage: Stage::Double } }
 }
+
+/// Rows, columns, depth of a step, subgroups down and across: what is measured for large products.
+const LARGE: [(usize, usize, usize, usize, usize); 8] = [
+    (128, 128, 32, 2, 2),
+    (128, 128, 64, 2, 2),
+    (128, 128, 32, 2, 4),
+    (128, 256, 32, 2, 4),
+    (256, 128, 32, 4, 2),
+    (64, 128, 32, 1, 2),
+    (64, 64, 32, 2, 2),
+    (64, 64, 64, 2, 2),
+];
+
+/// Thread tiles that are measured where there are no cooperative matrices.
+const THREADS: [Tile; 4] =
+    [threads(64, 64, 16, 2, 2), threads(128, 128, 16, 2, 2), threads(64, 64, 32, 1, 1), threads(32, 64, 32, 1, 1)];
 
 impl Tile {
     fn constants(&self, call: &mut Call) {
@@ -156,8 +195,9 @@ impl Tile {
                 call.constant("A_ROUNDS", a.div_ceil(threads) as u32).flag("A_PARTIAL", !a.is_multiple_of(threads));
                 call.constant("B_ROUNDS", b.div_ceil(threads) as u32).flag("B_PARTIAL", !b.is_multiple_of(threads));
             }
-            Share::Subgroups { down, across } => {
+            Share::Subgroups { down, across, stage } => {
                 let threads = down * across * 32;
+                call.flag("DOUBLE", stage == Stage::Double).flag("AHEAD", stage == Stage::Ahead);
                 call.constant("HALF", 1).constant("COOPERATIVE", 1);
                 call.constant("SM", down as u32).constant("SN", across as u32);
                 call.constant("FM", (bm / down / 16) as u32).constant("FN", (bn / across / 16) as u32);
@@ -173,6 +213,28 @@ impl Tile {
         2 + self.bk
     }
 
+    fn name(&self) -> String {
+        let Tile { bm, bn, bk, share } = self;
+        match share {
+            Share::Threads { tm4, tn4 } => format!("{bm}x{bn}x{bk} threads {tm4}x{tn4}"),
+            Share::Subgroups { down, across, stage } => {
+                format!("{bm}x{bn}x{bk} subgroups {down}x{across} {stage:?}")
+            }
+        }
+    }
+
+    /// Whether tiles of cooperative matrices fit workgroup memory and share out evenly among threads.
+    fn fits(&self, workgroup_bytes: u32) -> bool {
+        let Share::Subgroups { down, across, stage } = self.share else { return true };
+        let threads = down * across * 32;
+        let even = |elements: usize| elements.is_multiple_of(threads * 4);
+        let copies = if stage == Stage::Double { 2 } else { 1 };
+        // Whichever way the operands are stored, with the padding.
+        let bytes = |long: usize| 2 * ((long + 8) * self.bk).max(long * (self.bk + 8));
+        let shared = copies * (bytes(self.bm) + bytes(self.bn)) + down * across * 1024;
+        even(self.bm * self.bk) && even(self.bn * self.bk) && shared <= workgroup_bytes as usize
+    }
+
     fn is_cooperative(&self) -> bool {
         matches!(self.share, Share::Subgroups { .. })
     }
@@ -182,12 +244,21 @@ impl Tile {
     }
 }
 
+/// Whether projections side by side start at whole tiles, and the tile is not mostly beyond the matrix.
+fn suits(tile: &Tile, product: &Product) -> bool {
+    let aligned = product.segments.is_none_or(|segments| {
+        let unit = if segments.rows { tile.bm } else { tile.bn };
+        segments.starts.iter().all(|&start| start == u32::MAX as usize || start.is_multiple_of(unit))
+    });
+    aligned && tile.bm < 2 * product.m && tile.bn < 2 * product.n
+}
+
 impl Lowering<'_> {
     pub(super) fn product(&mut self, product: &Product) -> Result<(), EngineError> {
         if product.m == 0 || product.n == 0 {
             return Ok(());
         }
-        let tile = self.tile(product);
+        let tile = self.chosen_tile(product);
         let tiles = tile.count(product);
         let steps = product.k.div_ceil(tile.bk);
         let wanted = self.facts.workgroups as usize;
@@ -296,10 +367,53 @@ impl Lowering<'_> {
         self.launch(call, [(target.rows * target.width).div_ceil(256), 1, 1])
     }
 
-    fn tile(&self, product: &Product) -> Tile {
-        if self.is_cooperative(product) {
-            return self.cooperative_tile(product);
+    /// The tile that was measured to be the fastest, else the one that rules give.
+    fn chosen_tile(&mut self, product: &Product) -> Tile {
+        let rule = self.tile(product);
+        if !self.facts.measures {
+            return rule;
         }
+        // Sums in another order: what the others are held against.
+        let mut tiles = vec![self.thread_tile(product)];
+        if self.is_cooperative(product) {
+            tiles.push(rule);
+            if product.m > 16 && product.n > 16 {
+                tiles.extend(self.large_tiles(product));
+            }
+        } else if product.m > 16 && product.n > 16 {
+            tiles.extend(THREADS.into_iter().filter(|tile| suits(tile, product)));
+        }
+        let mut distinct: Vec<Tile> = Vec::new();
+        tiles.into_iter().for_each(|tile| {
+            if !distinct.contains(&tile) {
+                distinct.push(tile);
+            }
+        });
+        let default = distinct.iter().position(|&tile| tile == rule).unwrap_or(0);
+        let names = distinct.iter().map(Tile::name).collect();
+        let chosen = self.choose(product.key(), names, default, || Work::Product(Box::new(product.clone())));
+        distinct[chosen]
+    }
+
+    /// Tiles on cooperative matrices that the product can run in.
+    fn large_tiles(&self, product: &Product) -> Vec<Tile> {
+        let mut tiles = Vec::new();
+        for (bm, bn, bk, down, across) in LARGE {
+            for stage in [Stage::Double, Stage::Ahead, Stage::Plain] {
+                let tile = Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage } };
+                if tile.fits(self.facts.workgroup_bytes) && suits(&tile, product) {
+                    tiles.push(tile);
+                }
+            }
+        }
+        tiles
+    }
+
+    fn tile(&self, product: &Product) -> Tile {
+        if self.is_cooperative(product) { self.cooperative_tile(product) } else { self.thread_tile(product) }
+    }
+
+    fn thread_tile(&self, product: &Product) -> Tile {
         if product.n <= 16 {
             threads(64, 16, 32, 1, 1)
         } else if product.m <= 16 {
