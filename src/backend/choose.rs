@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{EngineError, Session, WeightSource, cpu, cuda, wgpu};
-use crate::program::{Plan, Target};
+use crate::program::{DType, Plan, Target};
 
 /// A device that a plan can be opened on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +94,14 @@ fn choose_wgpu(device: &str, precision: &str, reason: &str) -> Result<Choice, En
     let target = wgpu::target(&options)?;
     // The precision is settled here, so that plan and session agree.
     let options = wgpu::Options { compute: Some(target.compute), ..options };
-    Ok(Choice { device: Device::Wgpu(options), target, reason: reason.to_string() })
+    let reason = match target.compute {
+        DType::F16 => format!(
+            "{reason}; f16, in which gradients of activations are {} times those of a loss summed over tokens",
+            wgpu::HALF_GRADIENT_FACTOR
+        ),
+        _ => reason.to_string(),
+    };
+    Ok(Choice { device: Device::Wgpu(options), target, reason })
 }
 
 fn choose_cpu(precision: &str, reason: String) -> Result<Choice, EngineError> {

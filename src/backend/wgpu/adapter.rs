@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use super::cache;
 use super::kernel::Kernel;
+use super::{cache, rate};
 use crate::backend::EngineError;
 use crate::backend::doctor::{Finding, Report};
 use crate::program::{DType, Rates, Target};
@@ -151,6 +151,11 @@ pub fn report() -> Report {
                 gibibytes(adapter.largest_binding),
                 adapter.workgroup_bytes >> 10,
             );
+            let detail = match rate::measured(adapter.index, adapter.software) {
+                Ok(rate) if rate >= 1e12 => format!("{detail}, matrix products {:.1} TFLOP/s (measured)", rate / 1e12),
+                Ok(rate) => format!("{detail}, matrix products {:.1} GFLOP/s (measured)", rate / 1e9),
+                Err(error) => format!("{detail}; it would not multiply: {error}"),
+            };
             let name = format!("wgpu:{}", adapter.index);
             if adapter.software {
                 let detail = format!("{detail}; runs on the processor, only when named");

@@ -6,6 +6,7 @@
 //! lower      operations -> dispatches
 //! kernel     a shader file with constants, bindings and parameters -> WGSL
 //! template   the directives in shader files
+//! rate       how fast an adapter multiplies, for `tune doctor`
 //! tuning     which kernel, by measurement
 //! session    buffers, pipelines and launches on an open device
 //! ```
@@ -17,6 +18,7 @@ mod cache;
 mod kernel;
 mod lower;
 mod quantized;
+mod rate;
 mod session;
 mod storage;
 mod tables;
@@ -27,6 +29,7 @@ mod upload;
 use std::sync::Arc;
 
 pub use adapter::{AdapterReport, Options, adapters, report, target};
+pub use lower::HALF_GRADIENT_FACTOR;
 pub use session::WgpuSession;
 
 use super::{EngineError, WeightSource};

@@ -112,11 +112,18 @@ impl WgpuSession {
         let software = gpu.info.device_type == wgpu::DeviceType::Cpu;
         let mut choices = if software { Choices::new() } else { cache::load_choices(&gpu.info) };
         choices.extend(table.map(tuning::parse).unwrap_or_default());
-        Self::open_on(gpu, plan, weights, choices, !software)
+        if software {
+            return Self::open_on(gpu, plan, weights, choices, false);
+        }
+        match Self::open_on(gpu, plan.clone(), Arc::clone(&weights), choices.clone(), true) {
+            // A candidate may have taken the device with it: rules decide on a new one.
+            Err(EngineError::Device { .. }) => Self::open_on(Gpu::shared(options)?, plan, weights, choices, false),
+            opened => opened,
+        }
     }
 
     /// Opens with `choices` made; `measures` those that are not.
-    fn open_on(
+    pub(super) fn open_on(
         gpu: Arc<Gpu>,
         plan: Plan,
         weights: Arc<dyn WeightSource>,
