@@ -98,6 +98,7 @@ for row in "$@"; do
 done
 python3 - "$results" <<'PYTHON'
 import json, sys
+apart = []
 print(f"{'case':34} {'peer':14} {'speed':>15} {'GiB':>7} {'planned':>8} {'of floor':>9} {'first step':>11} {'ratio':>6}")
 rows = []
 for line in open(sys.argv[1]):
@@ -117,4 +118,11 @@ for key, kind, r, speed in rows:
     ratio = f"{speed / rivals[key]:.2f}" if ours and key in rivals else ""
     print(f"{case:34} {r.get('peer', 'unsloth'):14} {text:>15} {used:7.2f} {r.get('planned_gib', ''):>8} "
           f"{r.get('share_of_floor', ''):>9} {r.get('first_step_s', ''):>11} {ratio:>6}")
+    if ours and "planned_gib" in r:
+        off = abs(r["used_gib"] - r["planned_gib"])
+        apart.append((off / max(0.02 * r["used_gib"], 150 / 1024), off, case))
+if apart:
+    worst = max(apart)
+    print(f"plan and card within max(2%, 150 MiB): {sum(a[0] <= 1 for a in apart)} of {len(apart)} rows; "
+          f"furthest apart, by {worst[1] * 1024:.0f} MiB: {worst[2]}")
 PYTHON

@@ -324,11 +324,12 @@ fn training_in_fp8_follows_bf16() {
     let (expected, _) = train(&target, &open, &lora(None, 0.0), Recompute::All, 1e-3, 20);
     let (found, norms) = train(&target, &open, &lora(Some(DType::Fp8), 0.0), Recompute::All, 1e-3, 20);
     println!("losses in bf16 {expected:.4?}\nlosses in fp8 {found:.4?}\nnorms in fp8 {norms:.4?}");
-    for (found, expected) in found.iter().zip(&expected) {
-        assert!((found / expected - 1.0).abs() < 0.03, "{found} beside {expected}");
+    // Random weights have no slack, and late losses are small: the fall counts, and each loss by what there was to lose.
+    for (found, expected_loss) in found.iter().zip(&expected) {
+        assert!((found - expected_loss).abs() < 0.05 * expected[0], "{found} beside {expected_loss}");
     }
     let fall = |losses: &[f64]| losses[0] + losses[1] - losses[18] - losses[19];
-    assert!((fall(&found) / fall(&expected) - 1.0).abs() < 0.1, "{} beside {}", fall(&found), fall(&expected));
+    assert!((fall(&found) / fall(&expected) - 1.0).abs() < 0.05, "{} beside {}", fall(&found), fall(&expected));
     let again = train(&target, &open, &lora(Some(DType::Fp8), 0.0), Recompute::Offload, 1e-3, 20);
     assert_eq!(found, again.0, "where the inputs of layers wait changes nothing");
 }

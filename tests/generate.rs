@@ -71,6 +71,7 @@ fn adder(sizes: &[usize], capacity: usize) -> (Model, Runs) {
         rates: Rates { flops: 1e9, attention_flops: 1e9, bandwidth: 1e9, per_op: 0.0 },
         fp8_flops: None,
         library_workspace: 0,
+        graph_bytes: 0,
         logits_bytes: 1 << 20,
         mlp_tokens: usize::MAX,
     };

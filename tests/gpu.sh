@@ -109,6 +109,52 @@ print(f"  {len(whole[0])} updates, train loss {whole[2]:.4f}; {len(differing)} d
 sys.exit(bool(differing) or whole[1] != resumed[1])
 PYTHON
     }
+    # Another process takes what is left of the card: the run stops and is saved, a start says what is short, and with the
+    # memory back the run goes on.
+    crowded() {
+        local id events hog code
+        id=$(.gpu/tune train --model demo --data demo --set engine.device=cuda --set train.steps=1000 \
+            --set train.save_every=100 --detach 2>"$work/crowded.err") || { tail -3 "$work/crowded.err"; return 1; }
+        events="$TUNE_HOME/runs/$id/events.jsonl"
+        for _ in $(seq 600); do grep -q '"event":"checkpoint"' "$events" 2>/dev/null && break; sleep 0.1; done
+        .gpu/tune pause "$id" >"$work/crowded.pause" 2>&1 || { cat "$work/crowded.pause"; return 1; }
+        python3 - "$work/taken" "$work/release" <<'PYTHON' &
+import ctypes, os, sys, time
+cuda = ctypes.CDLL("libcuda.so.1")
+device, context, pointer = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+assert cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
+assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0 and cuda.cuCtxSetCurrent(context) == 0
+taken, piece = 0, 16 << 30
+while piece >= 2 << 20:
+    if cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(piece)) == 0:
+        taken += piece
+    else:
+        piece //= 2
+open(sys.argv[1], "w").write(str(taken))
+for _ in range(1200):
+    if os.path.exists(sys.argv[2]):
+        break
+    time.sleep(0.1)
+PYTHON
+        hog=$!
+        for _ in $(seq 300); do [ -s "$work/taken" ] && break; sleep 0.1; done
+        [ -s "$work/taken" ] || { echo "  nothing could be taken"; return 1; }
+        .gpu/tune continue "$id" >"$work/crowded.continue" 2>&1
+        .gpu/tune stop "$id" >"$work/crowded.stop" 2>&1
+        timeout 120 .gpu/tune wait "$id" >"$work/crowded.wait" 2>&1
+        code=$?
+        echo "  beside a process with $(($(cat "$work/taken") >> 20)) MiB the run ended with $code: $(tail -1 "$events" | cut -c1-160)"
+        timeout 120 .gpu/tune resume "$id" >"$work/crowded.refused" 2>&1
+        code=$?
+        echo "  started there it ended with $code: $(grep -iE 'memory|needs' "$work/crowded.refused" | tail -1 | cut -c1-200)"
+        touch "$work/release"
+        wait "$hog"
+        [ "$code" != 0 ] && grep -qiE 'memory|needs' "$work/crowded.refused" || { tail -5 "$work/crowded.refused"; return 1; }
+        .gpu/tune resume "$id" --json >"$work/crowded.resumed" 2>&1 || { tail -3 "$work/crowded.resumed"; return 1; }
+        echo "  with the memory back it finished"
+    }
+    echo "through the command line, beside a process that takes the card's memory"
+    if crowded; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
     for case in "lora" "qlora method.kind=qlora train.optimizer=adamw8bit" "full method.kind=full train.optimizer=adamw8bit train.learning_rate=2e-5"; do
         # shellcheck disable=SC2086
         set -- $case

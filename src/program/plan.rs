@@ -238,6 +238,10 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
     let products = if eight_bit == Fp8Sizes::default() { 0 } else { eight_bit.total() };
     bytes.insert(Kind::Workspace.name(), worst.1 + target.library_workspace + products);
     bytes.insert(Kind::Activation.name(), arena.saturating_sub(worst.1));
+    let operations: usize = workload.programs.iter().map(|program| program.steps.len()).sum();
+    if target.graph_bytes > 0 {
+        bytes.insert("graphs", operations as u64 * target.graph_bytes);
+    }
     let peak_bytes = bytes.values().sum();
     if let Some(available) = target.memory
         && peak_bytes > available

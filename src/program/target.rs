@@ -43,6 +43,8 @@ pub struct Target {
     pub fp8_flops: Option<f64>,
     /// Workspace that libraries take beside the arena, bytes.
     pub library_workspace: u64,
+    /// What an operation of a program takes on the device once the program is captured, bytes.
+    pub graph_bytes: u64,
     /// Most bytes that the logits of one head chunk may take.
     pub logits_bytes: u64,
     /// Most tokens that go through an MLP at once where its values are computed again for the backward pass.

@@ -87,6 +87,7 @@ pub fn target() -> Result<Target, EngineError> {
         rates: Rates { flops, attention_flops: flops / 3.0, bandwidth: 8e9 * (threads as f64).min(8.0), per_op: 10e-6 },
         fp8_flops: None,
         library_workspace: 0,
+        graph_bytes: 0,
         logits_bytes: 64 << 20,
         mlp_tokens: usize::MAX,
     })

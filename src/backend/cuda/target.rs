@@ -63,6 +63,10 @@ pub const KNOWN_CARDS: &[KnownCard] = &[
 /// Bytes that driver and context take on the card beside what the engine allocates, roughly.
 const CONTEXT_BYTES: u64 = 600 << 20;
 
+/// What the driver takes for an operation of a captured program, roughly: with 13 to 15 programs of short rows it was 11 KB
+/// on a model of 8B and 20 KB on one of 135M, whose products spread over more streams.
+const GRAPH_BYTES: u64 = 16 << 10;
+
 impl KnownCard {
     /// The card that a name means, as the driver or a user writes it.
     pub fn named(name: &str) -> Option<&'static KnownCard> {
@@ -118,6 +122,7 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
         },
         fp8_flops: fp8.then_some(matrix_tflops * FP8_SPEEDUP * 1e12),
         library_workspace: WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES + SCRATCH_BYTES + (8 << 20),
+        graph_bytes: GRAPH_BYTES,
         logits_bytes: 256 << 20,
         mlp_tokens: usize::MAX,
     }

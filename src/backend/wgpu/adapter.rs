@@ -285,6 +285,7 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
         rates,
         fp8_flops: None,
         library_workspace: 0,
+        graph_bytes: 0,
         logits_bytes: largest.min(if software { 64 << 20 } else { 512 << 20 }),
         mlp_tokens: usize::MAX,
     })
