@@ -216,12 +216,33 @@ impl Search<'_> {
                 Err(other) => return Err(other),
             }
         }
-        // The smaller ones add their inputs, a few bytes a token.
+        // The smaller ones add their inputs, and what captured programs take; at the end there are fewer of them.
         loop {
-            match self.build(&sizes, stages[high]) {
-                Err(PlanningError::Plan(_)) if high + 1 < stages.len() => high += 1,
-                outcome => return Ok((outcome?, self.choice(sizes, stages[high]))),
+            let (mut low, mut high) = (high, stages.len() - 1);
+            match self.build(&sizes, stages[low]) {
+                Err(PlanningError::Plan(_)) if low < high => {}
+                Err(PlanningError::Plan(_)) if sizes.len() > 1 => {
+                    sizes = every_second(&sizes);
+                    continue;
+                }
+                outcome => return Ok((outcome?, self.choice(sizes, stages[low]))),
             }
+            let mut found = match self.build(&sizes, stages[high]) {
+                Err(PlanningError::Plan(_)) if sizes.len() > 1 => {
+                    sizes = every_second(&sizes);
+                    continue;
+                }
+                outcome => outcome?,
+            };
+            while low + 1 < high {
+                let middle = usize::midpoint(low, high);
+                match self.build(&sizes, stages[middle]) {
+                    Ok(plan) => (found, high) = (plan, middle),
+                    Err(PlanningError::Plan(_)) => low = middle,
+                    Err(other) => return Err(other),
+                }
+            }
+            return Ok((found, self.choice(sizes, stages[high])));
         }
     }
 
@@ -331,6 +352,13 @@ pub fn update_tokens(lengths: &[usize], batch: usize) -> usize {
 /// Bytes of logits in a small chunk of the head: 256 rows of the largest vocabularies, under which a pass over the head's
 /// weight takes longer than its product.
 const SMALL_HEAD_BYTES: u64 = 64 << 20;
+
+/// Every second of ascending sizes, the last among them.
+fn every_second(sizes: &[usize]) -> Vec<usize> {
+    let mut kept: Vec<usize> = sizes.iter().rev().step_by(2).copied().collect();
+    kept.reverse();
+    kept
+}
 
 /// Keeps the first, the last, and between them sizes at least half as large again as the one before.
 fn thin(sizes: &[usize]) -> Vec<usize> {
