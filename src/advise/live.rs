@@ -433,6 +433,32 @@ mod tests {
     }
 
     #[test]
+    fn each_rule_names_its_source() {
+        let update =
+            Update { step: 1, epoch: 0.1, loss: f64::NAN, grad_norm: 1.0, learning_rate: 1e-4, tokens_per_second: 1.0 };
+        let mut peaks = vec![1.0; 30];
+        peaks[25..29].fill(20.0);
+        let mut sagging = vec![1000.0; 30];
+        sagging[25..].fill(100.0);
+        let rises = [evaluation(0, 1.0, 2.0), evaluation(10, 1.1, 1.5), evaluation(20, 1.2, 1.0)];
+        let given = [
+            (overfitting(&rises), Source::Practice),
+            (memorised(&[0.1; 10]), Source::Guide),
+            (epoch_edge(&[1.0; 5], &[0.5; 5], 1, 100), Source::Practice),
+            (flat(&[1.0; 60], 1e-4), Source::Guide),
+            (unstable(&peaks, 1e-4), Source::Practice),
+            (non_finite(&update), Source::Measured),
+            (slow(&sagging), Source::Practice),
+            (throttled(&["power cap"]), Source::Practice),
+        ];
+        for (warning, source) in given {
+            let warning = warning.unwrap();
+            assert_eq!(warning.sources.first(), Some(&source), "{}", warning.rule);
+            assert!(!warning.message.is_empty() && !warning.advice.is_empty(), "{}", warning.rule);
+        }
+    }
+
+    #[test]
     fn a_watch_sees_what_is_not_finite() {
         let mut watch = Watch::default();
         let found = watch.observe(&step(1, 0.1, f64::NAN, 1.0, 1.0));

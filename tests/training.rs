@@ -1,0 +1,126 @@
+//! Training through the command line on the tiny model: where its weights come from, and when a run ends.
+
+mod workbench;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use workbench::{Bench, Output, of_kind};
+
+/// Trains a model of this folder with a few settings.
+fn train(bench: &Bench, model: &Path, settings: &[&str]) -> Output {
+    let data = bench.data();
+    let mut arguments = vec!["train", "--json", "--model", model.to_str().unwrap(), "--data", &data];
+    for setting in ["engine.device=cpu", "data.max_length=64", "train.batch=4"].iter().chain(settings) {
+        arguments.extend(["--set", setting]);
+    }
+    bench.tune(&arguments)
+}
+
+fn losses(output: &Output) -> Vec<f64> {
+    assert_eq!(output.code, 0, "{}", output.all());
+    of_kind(&output.events(), "step").iter().map(|step| step["loss"].as_f64().unwrap()).collect()
+}
+
+fn copy(bench: &Bench, name: &str) -> PathBuf {
+    let folder = bench.path().join(name);
+    bench.copy_model(&folder);
+    folder
+}
+
+#[test]
+fn shards_and_one_file_are_the_same_model() {
+    let bench = Bench::new();
+    let settings = ["train.steps=3", "data.eval=0"];
+    let whole = losses(&train(&bench, Path::new(&bench.model()), &settings));
+
+    let folder = copy(&bench, "sharded");
+    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut map = serde_json::Map::new();
+    for shard in 0..2 {
+        let name = format!("model-{:05}-of-00002.safetensors", shard + 1);
+        let part: Vec<_> = file.iter().enumerate().filter(|(index, _)| index % 2 == shard).map(|(_, t)| t).collect();
+        map.extend(part.iter().map(|(tensor, _)| ((*tensor).to_owned(), Value::from(name.clone()))));
+        safetensors::serialize_to_file(part, None, &folder.join(name)).unwrap();
+    }
+    let index = json!({ "metadata": {}, "weight_map": map });
+    std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    assert_eq!(losses(&train(&bench, &folder, &settings)), whole);
+}
+
+#[test]
+fn a_folder_without_weights_starts_from_random_ones_and_says_so() {
+    let bench = Bench::new();
+    let folder = copy(&bench, "random");
+    std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+    let settings = ["method.kind=full", "train.steps=20", "train.learning_rate=1e-3", "data.eval=0"];
+    let found = losses(&train(&bench, &folder, &settings));
+    // A vocabulary of 512, all words alike at the start.
+    assert!((found[0] - 512f64.ln()).abs() < 0.5 && found[19] < found[0] - 0.3, "{found:?}");
+    let adapter = train(&bench, &folder, &["train.steps=1"]);
+    assert!(of_kind(&adapter.events(), "warning").iter().any(|event| event["rule"] == "random weights"));
+}
+
+#[test]
+fn a_configuration_that_means_other_mathematics_is_refused_by_name() {
+    let bench = Bench::new();
+    for (key, value) in [
+        ("hidden_act", json!("relu")),
+        ("rope_scaling", json!({ "rope_type": "no_such_kind", "factor": 2.0 })),
+        ("quantization_config", json!({ "quant_method": "gptq" })),
+    ] {
+        let folder = copy(&bench, key);
+        let path = folder.join("config.json");
+        let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        config[key] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        let output = train(&bench, &folder, &["train.steps=1"]);
+        assert_eq!(output.code, 2, "{}", output.all());
+        assert!(output.err.contains(key.trim_end_matches("_scaling")), "{key}: {}", output.err);
+        assert_eq!(bench.run_folders(), Vec::<PathBuf>::new());
+    }
+}
+
+#[test]
+fn a_run_that_no_longer_improves_ends_early_with_its_best_state() {
+    let bench = Bench::new();
+    // Held-out rows that contradict the others: learning these makes those worse.
+    let held_out = bench.write("held_out.jsonl", &"{\"prompt\": \"x\", \"completion\": \" 7 7 7 7 7 7\"}\n".repeat(8));
+    let settings = [
+        format!("data.eval={held_out}"),
+        "train.steps=200".into(),
+        "train.eval_every=5".into(),
+        "train.patience=3".into(),
+        "train.learning_rate=5e-2".into(),
+    ];
+    let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    let output = train(&bench, Path::new(&bench.model()), &settings);
+    assert_eq!(output.code, 0, "{}", output.all());
+    let shown = output.events();
+    let finished = shown.last().unwrap();
+    assert_eq!(finished["event"], "finished");
+    assert!(finished["steps"].as_u64().unwrap() < 200, "{finished}");
+    let evaluations = of_kind(&shown, "eval");
+    let best = evaluations.iter().map(|eval| eval["loss"].as_f64().unwrap()).fold(f64::INFINITY, f64::min);
+    let last = evaluations.last().unwrap();
+    assert!(last["loss"].as_f64().unwrap() > best, "{evaluations:?}");
+    let told = of_kind(&shown, "checkpoint").into_iter().filter(|event| event["best"] == true).count();
+    // A best state before the first update has no checkpoint to go back to.
+    if told > 0 {
+        assert_eq!(finished["eval_loss"].as_f64().unwrap(), best);
+    }
+}
+
+#[test]
+fn samples_show_what_the_model_answers_on_the_way() {
+    let bench = Bench::new();
+    let settings = ["train.steps=4", "train.eval_every=2", "sample.prompts=[\"alpha 0?\", \"beta\"]", "data.eval=0.2"];
+    let output = train(&bench, Path::new(&bench.model()), &settings);
+    assert_eq!(output.code, 0, "{}", output.all());
+    let shown = output.events();
+    let samples = of_kind(&shown, "sample");
+    assert!(samples.len() >= 4 && samples.iter().any(|sample| sample["prompt"] == "beta"), "{samples:?}");
+    assert!(samples.iter().any(|sample| sample["step"] == 4), "{samples:?}");
+}
