@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The CPU engine beside PyTorch + PEFT: the golden LoRA batches of SmolLM2-135M, twenty steps each, one after the
-# other in one run. Prints median seconds a step, peak memory, and the ratios (targets: 0.8 and 0.7).
+# The CPU engine beside PyTorch + PEFT: the golden LoRA batches of SmolLM2-135M, twenty steps a turn, four turns each,
+# one after the other in one run. Prints median seconds a step, peak memory, and the ratios (targets: 0.8 and 0.7).
 #
 #   PYTHON=/path/to/venv/bin/python bench/cpu.sh
 #
