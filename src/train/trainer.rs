@@ -516,10 +516,15 @@ impl Trainer<'_> {
         let best = self.state.best.map(|best| best.step);
         let step = self.state.step;
         self.controls.emit(Event::Checkpoint { step, path: path.clone(), best: best == Some(step) });
+        self.prune();
+        Ok(path)
+    }
+
+    fn prune(&mut self) {
+        let best = self.state.best.map(|best| best.step);
         if let Err(error) = checkpoint::prune(self.folder, self.spec.train.keep, best) {
             self.warn_about_disk(format!("an old checkpoint could not be removed: {error}"));
         }
-        Ok(path)
     }
 
     fn save_if_possible(&mut self) {
@@ -555,6 +560,10 @@ impl Trainer<'_> {
                 checkpoint::restore(&checkpoint, &mut self.stepper)?;
                 eval_loss = Some(best.loss);
             }
+        }
+        // A worker that was killed while it removed old checkpoints left some without a name, and the last one was saved.
+        if self.folder.checkpoints().exists() {
+            self.prune();
         }
         let path = result::write(self.folder, &mut self.stepper, self.prepared)?;
         self.controls.emit(Event::Finished {
