@@ -253,6 +253,12 @@ fn doctor_names_engines_and_folders() {
     let engines = diagnosis["engines"].as_array().unwrap();
     let cpu = engines.iter().find(|engine| engine["engine"] == "cpu").unwrap();
     assert_eq!(cpu["usable"], true);
+    // Adapters by the number that `wgpu:N` takes, or what to install.
+    let wgpu = engines.iter().find(|engine| engine["engine"] == "wgpu").unwrap();
+    for finding in wgpu["findings"].as_array().unwrap() {
+        let adapter = finding["name"].as_str().unwrap().starts_with("wgpu:");
+        assert!(adapter || finding["mend"].as_str().unwrap().contains("install"), "{finding}");
+    }
     let table = bench.tune(&["doctor"]);
     assert!(table.out.contains("cpu can be used") && table.out.contains("runs"), "{}", table.out);
 }

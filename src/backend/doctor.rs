@@ -51,7 +51,7 @@ impl Finding {
 
 /// Every engine's report, the fastest engine first.
 pub fn reports() -> Vec<Report> {
-    vec![super::cuda::doctor(), cpu()]
+    vec![super::cuda::doctor(), super::wgpu::report(), cpu()]
 }
 
 fn cpu() -> Report {

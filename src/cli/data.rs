@@ -16,7 +16,7 @@ use crate::model::tokenizer::Tokenizer;
 use crate::run::worker::exit;
 use crate::spec::{EvalData, RunSpec, TrainData};
 
-/// Shows how a data set will be read, rendered, masked and cut, before anything is trained.
+/// Show how a data set will be read, rendered, masked and cut, before anything is trained.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// A data file or folder, "demo", or a run file (.toml)
