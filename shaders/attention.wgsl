@@ -1,59 +1,7 @@
 // output = softmax(mask(scale · Q Kᵀ)) V, one tile of queries and one head a workgroup, keys in tiles with a running
 // maximum and sum (Dao 2023, arXiv 2307.08691): no score leaves the workgroup. Token t sees s when
 // max(document_start[t], t - window + 1) <= s <= t. log_sum_exp is kept for the backward pass.
-// Tiles are 32 rows. Thread (y, x) of 16 x 16 owns rows 2y and 2y+1: of a 32x32 product columns x and x+16, of a
-// 32 x HEAD_DIM product elements 4x..4x+4 of each 64 columns.
-// 32 columns of a left tile (rows 9 vec4 apart, against bank conflicts) and of a right one, or 64 of one tile.
-var<workgroup> stage: array<vec4<f32>, 576>;
-var<workgroup> score: array<f32, 1056>;
-var<workgroup> bound: u32;
-// Lowest token that `query` sees.
-fn lowest_key(query: u32) -> u32 {
-  var lowest = u32(document_start_get(query));
-#if WINDOW
-  if (query + 1u > p.window) { lowest = max(lowest, query + 1u - p.window); }
-#end
-  return lowest;
-}
-fn query(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
-fn key(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + p.key_start + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
-fn value(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + p.value_start + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
+#include attention_tiles
 fn put(row: u32, column: u32, head: u32, v: vec4<f32>) {
   if (row >= p.tokens || column >= HEAD_DIM) { return; }
   let at = row * p.output_stride + head * HEAD_DIM + column;
@@ -93,15 +41,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       stage[(thread / 8u) * 9u + thread % 8u] = query(first + thread / 8u, column + (thread % 8u) * 4u, head);
       stage[288u + (thread / 8u) * 9u + thread % 8u] = key(key0 + thread / 8u, column + (thread % 8u) * 4u, kv_head);
       workgroupBarrier();
-#for j 8
-      {
-        let a = stage[y * 18u + {j}u];
-        let b = stage[y * 18u + 9u + {j}u];
-        let c = stage[288u + x * 9u + {j}u];
-        let d = stage[432u + x * 9u + {j}u];
-        s += vec4<f32>(dot(a, c), dot(a, d), dot(b, c), dot(b, d));
-      }
-#end
+      s = add_products(s, x, y);
     }
     s *= p.scale;
 #if SOFTCAP

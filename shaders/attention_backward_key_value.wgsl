@@ -1,95 +1,6 @@
 // Gradients of keys and values: grad_v = Pᵀ dO, grad_k = scale · dSᵀ Q, with P and dS as in attention_backward_query.
 // One tile of keys and one key-value head a workgroup; it goes through the query heads that share it, in order.
-// Tiles are 32 rows. Thread (y, x) of 16 x 16 owns rows 2y and 2y+1: of a 32x32 product columns x and x+16, of a
-// 32 x HEAD_DIM product elements 4x..4x+4 of each 64 columns.
-// 32 columns of a left tile (rows 9 vec4 apart, against bank conflicts) and of a right one, or 64 of one tile.
-var<workgroup> stage: array<vec4<f32>, 576>;
-var<workgroup> score: array<f32, 1056>;
-var<workgroup> bound: u32;
-// Lowest token that `query` sees.
-fn lowest_key(query: u32) -> u32 {
-  var lowest = u32(document_start_get(query));
-#if WINDOW
-  if (query + 1u > p.window) { lowest = max(lowest, query + 1u - p.window); }
-#end
-  return lowest;
-}
-fn query(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
-fn key(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + p.key_start + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
-fn value(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + p.value_start + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
-fn grad(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.output_stride + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(grad_output_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = grad_output_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = grad_output_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = grad_output_get(at + 3u); }
-  return value;
-#else
-  return grad_output_get4(at);
-#end
-}
-fn put_key(row: u32, column: u32, head: u32, v: vec4<f32>) {
-  if (row >= p.tokens || column >= HEAD_DIM) { return; }
-  let at = row * p.stride + p.key_start + head * HEAD_DIM + column;
-#if RAGGED
-  grad_qkv_put(at, v.x);
-  if (column + 1u < HEAD_DIM) { grad_qkv_put(at + 1u, v.y); }
-  if (column + 2u < HEAD_DIM) { grad_qkv_put(at + 2u, v.z); }
-  if (column + 3u < HEAD_DIM) { grad_qkv_put(at + 3u, v.w); }
-#else
-  grad_qkv_put4(at, v);
-#end
-}
-fn put_value(row: u32, column: u32, head: u32, v: vec4<f32>) {
-  if (row >= p.tokens || column >= HEAD_DIM) { return; }
-  let at = row * p.stride + p.value_start + head * HEAD_DIM + column;
-#if RAGGED
-  grad_qkv_put(at, v.x);
-  if (column + 1u < HEAD_DIM) { grad_qkv_put(at + 1u, v.y); }
-  if (column + 2u < HEAD_DIM) { grad_qkv_put(at + 2u, v.z); }
-  if (column + 3u < HEAD_DIM) { grad_qkv_put(at + 3u, v.w); }
-#else
-  grad_qkv_put4(at, v);
-#end
-}
+#include attention_backward_tiles
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let first = group.x * 32u;
@@ -120,15 +31,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       stage[(thread / 8u) * 9u + thread % 8u] = key(first + thread / 8u, column + (thread % 8u) * 4u, kv_head);
       stage[288u + (thread / 8u) * 9u + thread % 8u] = query(query0 + thread / 8u, column + (thread % 8u) * 4u, head);
       workgroupBarrier();
-#for j 8
-      {
-        let a = stage[y * 18u + {j}u];
-        let b = stage[y * 18u + 9u + {j}u];
-        let c = stage[288u + x * 9u + {j}u];
-        let d = stage[432u + x * 9u + {j}u];
-        s += vec4<f32>(dot(a, c), dot(a, d), dot(b, c), dot(b, d));
-      }
-#end
+      s = add_products(s, x, y);
     }
     s *= p.scale;
 #if SOFTCAP
@@ -140,15 +43,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       stage[(thread / 8u) * 9u + thread % 8u] = value(first + thread / 8u, column + (thread % 8u) * 4u, kv_head);
       stage[288u + (thread / 8u) * 9u + thread % 8u] = grad(query0 + thread / 8u, column + (thread % 8u) * 4u, head);
       workgroupBarrier();
-#for j 8
-      {
-        let a = stage[y * 18u + {j}u];
-        let b = stage[y * 18u + 9u + {j}u];
-        let c = stage[288u + x * 9u + {j}u];
-        let d = stage[432u + x * 9u + {j}u];
-        g += vec4<f32>(dot(a, c), dot(a, d), dot(b, c), dot(b, d));
-      }
-#end
+      g = add_products(g, x, y);
     }
     let query_c = query0 + x;
     let query_d = query_c + 16u;
@@ -201,9 +96,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   }
   }
 #for c CHUNKS
-  put_key(row, {c}u * 64u + x * 4u, kv_head, o_a{c});
-  put_key(row + 1u, {c}u * 64u + x * 4u, kv_head, o_b{c});
-  put_value(row, {c}u * 64u + x * 4u, kv_head, v_a{c});
-  put_value(row + 1u, {c}u * 64u + x * 4u, kv_head, v_b{c});
+  put_four(row, {c}u * 64u + x * 4u, p.key_start + kv_head * HEAD_DIM, o_a{c});
+  put_four(row + 1u, {c}u * 64u + x * 4u, p.key_start + kv_head * HEAD_DIM, o_b{c});
+  put_four(row, {c}u * 64u + x * 4u, p.value_start + kv_head * HEAD_DIM, v_a{c});
+  put_four(row + 1u, {c}u * 64u + x * 4u, p.value_start + kv_head * HEAD_DIM, v_b{c});
 #end
 }

@@ -1,83 +1,6 @@
 // Gradient of the queries: with P = exp(score - log_sum_exp) and dS = P ∘ (dO Vᵀ - delta), grad_q = scale · dS K
 // (times the derivative of the soft cap). One tile of queries and one head a workgroup; scores are computed again.
-// Tiles are 32 rows. Thread (y, x) of 16 x 16 owns rows 2y and 2y+1: of a 32x32 product columns x and x+16, of a
-// 32 x HEAD_DIM product elements 4x..4x+4 of each 64 columns.
-// 32 columns of a left tile (rows 9 vec4 apart, against bank conflicts) and of a right one, or 64 of one tile.
-var<workgroup> stage: array<vec4<f32>, 576>;
-var<workgroup> score: array<f32, 1056>;
-var<workgroup> bound: u32;
-// Lowest token that `query` sees.
-fn lowest_key(query: u32) -> u32 {
-  var lowest = u32(document_start_get(query));
-#if WINDOW
-  if (query + 1u > p.window) { lowest = max(lowest, query + 1u - p.window); }
-#end
-  return lowest;
-}
-fn query(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
-fn key(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + p.key_start + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
-fn value(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.stride + p.value_start + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(qkv_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = qkv_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = qkv_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = qkv_get(at + 3u); }
-  return value;
-#else
-  return qkv_get4(at);
-#end
-}
-fn grad(row: u32, column: u32, head: u32) -> vec4<f32> {
-  if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
-  let at = row * p.output_stride + head * HEAD_DIM + column;
-#if RAGGED
-  var value = vec4<f32>(grad_output_get(at), 0.0, 0.0, 0.0);
-  if (column + 1u < HEAD_DIM) { value.y = grad_output_get(at + 1u); }
-  if (column + 2u < HEAD_DIM) { value.z = grad_output_get(at + 2u); }
-  if (column + 3u < HEAD_DIM) { value.w = grad_output_get(at + 3u); }
-  return value;
-#else
-  return grad_output_get4(at);
-#end
-}
-fn put(row: u32, column: u32, head: u32, v: vec4<f32>) {
-  if (row >= p.tokens || column >= HEAD_DIM) { return; }
-  let at = row * p.stride + head * HEAD_DIM + column;
-#if RAGGED
-  grad_qkv_put(at, v.x);
-  if (column + 1u < HEAD_DIM) { grad_qkv_put(at + 1u, v.y); }
-  if (column + 2u < HEAD_DIM) { grad_qkv_put(at + 2u, v.z); }
-  if (column + 3u < HEAD_DIM) { grad_qkv_put(at + 3u, v.w); }
-#else
-  grad_qkv_put4(at, v);
-#end
-}
+#include attention_backward_tiles
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let first = group.x * 32u;
@@ -107,15 +30,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       stage[(thread / 8u) * 9u + thread % 8u] = query(first + thread / 8u, column + (thread % 8u) * 4u, head);
       stage[288u + (thread / 8u) * 9u + thread % 8u] = key(key0 + thread / 8u, column + (thread % 8u) * 4u, kv_head);
       workgroupBarrier();
-#for j 8
-      {
-        let a = stage[y * 18u + {j}u];
-        let b = stage[y * 18u + 9u + {j}u];
-        let c = stage[288u + x * 9u + {j}u];
-        let d = stage[432u + x * 9u + {j}u];
-        s += vec4<f32>(dot(a, c), dot(a, d), dot(b, c), dot(b, d));
-      }
-#end
+      s = add_products(s, x, y);
     }
     s *= p.scale;
 #if SOFTCAP
@@ -127,15 +42,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       stage[(thread / 8u) * 9u + thread % 8u] = grad(first + thread / 8u, column + (thread % 8u) * 4u, head);
       stage[288u + (thread / 8u) * 9u + thread % 8u] = value(key0 + thread / 8u, column + (thread % 8u) * 4u, kv_head);
       workgroupBarrier();
-#for j 8
-      {
-        let a = stage[y * 18u + {j}u];
-        let b = stage[y * 18u + 9u + {j}u];
-        let c = stage[288u + x * 9u + {j}u];
-        let d = stage[432u + x * 9u + {j}u];
-        g += vec4<f32>(dot(a, c), dot(a, d), dot(b, c), dot(b, d));
-      }
-#end
+      g = add_products(g, x, y);
     }
     let column = key0 + x;
     let seen = vec4<bool>(column >= lowest_a && column <= row, column + 16u >= lowest_a && column + 16u <= row,
@@ -163,7 +70,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
   }
 #for c CHUNKS
-  put(row, {c}u * 64u + x * 4u, head, o_a{c});
-  put(row + 1u, {c}u * 64u + x * 4u, head, o_b{c});
+  put_four(row, {c}u * 64u + x * 4u, head * HEAD_DIM, o_a{c});
+  put_four(row + 1u, {c}u * 64u + x * 4u, head * HEAD_DIM, o_b{c});
 #end
 }

@@ -14,15 +14,17 @@ use super::tuning;
 const CHECKSUM: usize = 32;
 
 /// Shaders that are chosen between.
-const CHOSEN: [&str; 9] = [
+const CHOSEN: [&str; 11] = [
     "matmul",
     "matmul_cooperative",
     "attention",
     "attention_mask",
+    "attention_tiles",
     "attention_backward_query",
     "attention_backward_key_value",
     "attention_cooperative",
     "attention_backward_query_cooperative",
+    "attention_backward_tiles",
     "attention_backward_key_value_cooperative",
 ];
 
