@@ -150,8 +150,8 @@ impl Search<'_> {
 
     /// From fastest to leanest: first the embedding goes to the host and the gradients of trained matrices are summed in
     /// bf16 (as the weights are held, which costs digits and no time), then more and more layers give up the cheap values
-    /// and then all, then MLPs work through the tokens in chunks, then the head works in small chunks, then inputs of layers wait on the host, at last the optimizer's
-    /// states do.
+    /// and then all, then MLPs work through the tokens in chunks, then the head works in small chunks, then inputs of
+    /// layers wait on the host, at last the optimizer's states do.
     fn stages(&self, top: usize) -> Vec<Stage> {
         let layers = self.config.layers;
         let host = self.target.reaches_host();
