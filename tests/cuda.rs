@@ -3,7 +3,7 @@
 //! Without a card each test says in one line that it was left out; with `TUNE_GPU` set (as `tests/gpu.sh` does) that
 //! is a failure.
 
-mod cuda_golden;
+mod golden_half;
 mod support;
 mod twin;
 
@@ -576,13 +576,13 @@ fn training_follows_the_cpu_engine() {
 #[test]
 fn tiny_models_take_the_golden_steps() {
     let Some(target) = card() else { return };
-    cuda_golden::tiny_models_take_their_steps(&target, &Device::Cuda(0));
+    golden_half::tiny_models_take_their_steps(&target, &Device::Cuda(0));
 }
 
 #[test]
 fn smollm2_takes_the_golden_steps() {
     let Some(target) = card() else { return };
-    let found = cuda_golden::smollm2_takes_its_steps(&target, &Device::Cuda(0));
+    let found = golden_half::smollm2_takes_its_steps(&target, &Device::Cuda(0));
     assert!(
         found || std::env::var_os("TUNE_SMOLLM2").is_none(),
         "TUNE_SMOLLM2 is set and the golden runs are not there"

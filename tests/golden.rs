@@ -1,6 +1,7 @@
 //! Golden numbers: PyTorch, Transformers and PEFT in fp32 (`tests/reference/make_golden.py`), reached here within the
 //! tolerances of the design.
 
+mod golden_half;
 mod support;
 
 use std::collections::BTreeMap;
@@ -11,7 +12,7 @@ use tune::backend;
 use tune::generate::{Generator, Sampling};
 use tune::model::adapter::Adapter;
 use tune::model::{GenerationOptions, Method, Model, ModelConfig, Recompute, generation_workload};
-use tune::program::{Target, plan};
+use tune::program::{DType, Target, plan};
 use tune::train::schedule::RateSchedule;
 use tune::train::{StepResult, Stepper};
 
@@ -331,4 +332,16 @@ fn smollm2_takes_the_golden_full_steps() {
         let result = stepper.update(&[batches.batch(step)], step as u64, 1e-5).unwrap();
         close("step", step, result, losses[step], norms[step]);
     }
+}
+
+/// An engine that computes in 16 bits (`TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f16`) has bounds of its own.
+#[test]
+fn half_precision_takes_the_golden_steps() {
+    let choice = choice();
+    if choice.target.compute == DType::F32 {
+        println!("left out: half_precision_takes_the_golden_steps is for TUNE_TEST_PRECISION=f16 on a device that has it");
+        return;
+    }
+    golden_half::tiny_models_take_their_steps(&choice.target, &choice.device);
+    golden_half::smollm2_takes_its_steps(&choice.target, &choice.device);
 }
