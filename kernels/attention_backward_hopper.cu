@@ -165,6 +165,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           query_columns + offset + slab * (STEP_SLAB / 16) + k * 2, slab + k > 0);
             wgmma_commit();
             wgmma_wait<1>();
+            // All lanes have read the step's statistics before lane 0 gives the stage back.
+            __syncwarp();
             if (add && lane == 0) barrier_arrive(step_empty + 8 * previous);
             previous = stage.place;
             wgmma_fence();
@@ -243,6 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wgmma_wait<0>();
         keep(grad_value);
         keep(grad_key);
+        __syncwarp();
         if (lane == 0) {
             if (add) barrier_arrive(step_empty + 8 * previous);
             barrier_arrive(tile_used);

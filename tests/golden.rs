@@ -339,7 +339,9 @@ fn smollm2_takes_the_golden_full_steps() {
 fn half_precision_takes_the_golden_steps() {
     let choice = choice();
     if choice.target.compute == DType::F32 {
-        println!("left out: half_precision_takes_the_golden_steps is for TUNE_TEST_PRECISION=f16 on a device that has it");
+        println!(
+            "left out: half_precision_takes_the_golden_steps is for TUNE_TEST_PRECISION=f16 on a device that has it"
+        );
         return;
     }
     golden_half::tiny_models_take_their_steps(&choice.target, &choice.device);

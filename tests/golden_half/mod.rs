@@ -1,6 +1,9 @@
 //! The golden runs of PyTorch, Transformers and PEFT in fp32 on a card in bf16 or f16: each loss within 1%, and the fall of
 //! the loss on the same batches within 5%. Gradient norms, for which the design has no figure there, are held to 5%.
 //!
+//! PyTorch's own bf16 is not within 1% of its fp32 on SmolLM2 (`tests/reference/make_golden_bf16.py` recorded 1.3%): where it
+//! is not, bf16 here may be a quarter further from fp32 than it.
+//!
 //! SmolLM2 and its golden files are there where `TUNE_SMOLLM2` and `TUNE_ASSETS` say (`tests/gpu.sh` unpacks the model
 //! where it was carried along).
 
@@ -8,7 +11,7 @@ use tune::backend::Device;
 use tune::data::MicroBatch;
 use tune::model::adapter::Adapter;
 use tune::model::{Method, Model};
-use tune::program::Target;
+use tune::program::{DType, Target};
 use tune::train::Stepper;
 use tune::train::schedule::RateSchedule;
 
@@ -34,9 +37,13 @@ impl Compared {
     }
 
     fn check(&self, what: &str) {
+        self.check_within(what, LOSS, NORM);
+    }
+
+    fn check_within(&self, what: &str, loss: f64, norm: f64) {
         println!("{what}: losses within {:.1e}, norms within {:.1e}", self.loss, self.norm);
-        assert!(self.loss <= LOSS, "{what}: a loss is off by {:.1e}", self.loss);
-        assert!(self.norm <= NORM, "{what}: a gradient norm is off by {:.1e}", self.norm);
+        assert!(self.loss <= loss, "{what}: a loss is off by {:.1e}, more than {loss:.1e}", self.loss);
+        assert!(self.norm <= norm, "{what}: a gradient norm is off by {:.1e}, more than {norm:.1e}", self.norm);
     }
 }
 
@@ -106,6 +113,16 @@ impl Smol {
     }
 }
 
+/// How far losses and gradient norms of a run may be from fp32's.
+fn bounds(run: &str, target: &Target) -> (f64, f64) {
+    if target.compute != DType::BF16 {
+        return (LOSS, NORM);
+    }
+    let torch = &json(&crate_root().join("tests/fixtures/smollm2-135m-bf16.json"))[run];
+    let furthest = |key: &str| torch[key].as_f64().expect("a number");
+    (LOSS.max(1.25 * furthest("furthest_loss")), NORM.max(1.25 * furthest("furthest_norm")))
+}
+
 /// The golden LoRA, `schedule` and full runs; false where the model or the files are not there.
 pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
     let Some(smol) = Smol::open() else { return false };
@@ -119,7 +136,8 @@ pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
         let result = stepper.update(&[smol.batch(step)], step as u64, 2e-4).expect("an update");
         compared.add((result.loss, result.grad_norm), (losses[step], norms[step]));
     }
-    compared.check("SmolLM2, LoRA");
+    let (loss, norm) = bounds("lora", target);
+    compared.check_within("SmolLM2, LoRA", loss, norm);
     let found = smol.losses(&mut stepper, after.len());
     check_fall("SmolLM2, LoRA", &found, &before, &after);
     drop(stepper);
@@ -140,7 +158,8 @@ pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
         let result = stepper.update(&pair, step as u64, 1e-3 * schedule.factor(step as u64)).expect("an update");
         compared.add((result.loss, result.grad_norm), (losses[step], norms[step]));
     }
-    compared.check("SmolLM2, schedule");
+    let (loss, norm) = bounds("schedule", target);
+    compared.check_within("SmolLM2, schedule", loss, norm);
     let found = smol.losses(&mut stepper, after.len());
     check_fall("SmolLM2, schedule", &found, &before, &after);
     drop(stepper);
