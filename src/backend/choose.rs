@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{EngineError, Session, WeightSource, cpu, cuda, wgpu};
 use crate::program::{DType, Plan, Target};
 
 /// A device that a plan can be opened on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Device {
     Cpu,
     /// A card, by the driver's number.
@@ -16,7 +18,7 @@ pub enum Device {
 }
 
 /// What `engine.device` and `engine.precision` came to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Choice {
     pub device: Device,
     pub target: Target,

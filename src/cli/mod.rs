@@ -1,6 +1,7 @@
 //! The command line: one file a verb.
 
 pub mod chat;
+pub mod choose;
 pub mod command;
 pub mod compare;
 pub mod converse;
@@ -67,6 +68,8 @@ enum Verb {
     Worker(worker::Arguments),
     #[command(hide = true)]
     Converse(converse::Arguments),
+    #[command(hide = true)]
+    Choose(choose::Arguments),
 }
 
 /// Runs a command line, the program's name first; gives the exit code.
@@ -112,6 +115,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Doctor(arguments) => doctor::run(arguments),
         Verb::Worker(arguments) => worker::run(arguments),
         Verb::Converse(arguments) => converse::run(arguments),
+        Verb::Choose(arguments) => choose::run(arguments),
     };
     match result {
         Ok(code) => code,

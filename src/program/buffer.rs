@@ -1,9 +1,9 @@
 //! Buffers: the named, typed arrays that operations read and write.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// How the elements of a buffer are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DType {
     F32,

@@ -17,13 +17,17 @@ pub struct Rates {
     pub per_op: f64,
 }
 
+/// The name of an engine. An alias, for serde takes a reference in a field to borrow from its input.
+pub type EngineName = &'static str;
+
 /// The limits and wishes of an engine on a device.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Target {
     /// Shown to the user: `CPU, 2 threads`, `NVIDIA H100 80GB HBM3`.
     pub name: String,
     /// `cpu`, `wgpu` or `cuda`.
-    pub engine: &'static str,
+    #[serde(deserialize_with = "engine")]
+    pub engine: EngineName,
     /// Bytes a plan may use; none when only the machine's memory limits it.
     pub memory: Option<u64>,
     /// Largest arena segment, bytes.
@@ -49,6 +53,13 @@ pub struct Target {
     pub logits_bytes: u64,
     /// Most tokens that go through an MLP at once where its values are computed again for the backward pass.
     pub mlp_tokens: usize,
+}
+
+/// The engine of a written target, which names one of this program's.
+fn engine<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<EngineName, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    let known = ["cpu", "wgpu", "cuda"].into_iter().find(|known| *known == name);
+    known.ok_or_else(|| serde::de::Error::custom(format!("{name} is no engine")))
 }
 
 impl Target {

@@ -2,6 +2,7 @@
 
 mod catalog;
 pub mod chat;
+pub mod device;
 mod forecast;
 mod machine;
 mod preview;

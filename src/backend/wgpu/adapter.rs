@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
+use serde::{Deserialize, Serialize};
+
 use super::kernel::Kernel;
 use super::{cache, rate};
 use crate::backend::EngineError;
@@ -12,7 +14,7 @@ use crate::program::{DType, Rates, Target};
 pub(super) const ENGINE: &str = "wgpu";
 
 /// Which adapter to open and how.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
     /// Index in [`adapters`]; none takes the first that is hardware.
     pub adapter: Option<usize>,

@@ -1,6 +1,6 @@
 //! What a run would take: the plan of the very workload that would run, opened nowhere.
 
-use crate::backend::{self, Choice};
+use crate::backend::Choice;
 use crate::hub;
 use crate::model::ModelConfig;
 use crate::program::{Kind, Plan, PlanError, Role};
@@ -117,7 +117,7 @@ pub fn read_config(spec: &RunSpec) -> Result<ModelConfig, String> {
 
 /// The device of the run file, refused where it cannot do what the file asks.
 pub fn choose(spec: &RunSpec) -> Result<Choice, String> {
-    let choice = backend::choose(&spec.engine.device, &spec.engine.precision).map_err(|error| error.to_string())?;
+    let choice = super::device::choose(&spec.engine.device, &spec.engine.precision)?;
     if let Some(capabilities) = Capabilities::of(choice.target.engine) {
         capabilities.check(spec).map_err(|error| error.to_string())?;
     }
