@@ -521,6 +521,25 @@ fn several_sources_are_mixed_by_rows_and_weight() {
 }
 
 #[test]
+fn parquet_gives_the_rows_that_json_lines_give() {
+    let folder = fixture("parquet");
+    let expected = load(&spec(&folder.join("rows.jsonl")), &tiny()).unwrap().train;
+    assert_eq!(expected.len(), 40);
+    for compression in ["none", "snappy", "gzip", "zstd", "lz4"] {
+        let loaded = load(&spec(&folder.join(format!("{compression}.parquet"))), &tiny()).unwrap();
+        assert_eq!(loaded.train, expected, "{compression}");
+    }
+    let beside = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("rows.jsonl"), beside.path().join("train.jsonl")).unwrap();
+    std::fs::copy(folder.join("zstd.parquet"), beside.path().join("train.parquet")).unwrap();
+    assert_eq!(load(&spec(beside.path()), &tiny()).unwrap().train.len(), 40, "one table in two formats");
+    let cut = beside.path().join("cut.parquet");
+    std::fs::write(&cut, &std::fs::read(folder.join("none.parquet")).unwrap()[..2000]).unwrap();
+    let error = load(&spec(&cut), &tiny()).unwrap_err().to_string();
+    assert!(error.contains("cut.parquet") && error.contains("not a whole parquet file"), "{error}");
+}
+
+#[test]
 fn a_split_and_a_subset_choose_files_of_a_folder() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("en")).unwrap();

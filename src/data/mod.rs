@@ -8,6 +8,7 @@ mod message;
 mod normalise;
 mod order;
 mod pack;
+mod parquet;
 mod preview;
 mod python_json;
 mod read;
@@ -23,7 +24,7 @@ pub use message::{Example, Message};
 pub use order::{held_out, order};
 pub use pack::{IGNORED, pack};
 pub use preview::{Bin, Histogram, Preview, RowView, TokenSpan};
-pub use read::{is_readable, locate};
+pub use read::{locate, retain_readable};
 pub use report::{DroppedRow, Lint, Place, Report, SourceReport, TruncatedRow};
 pub use template::{ChatTemplate, Rendered, built_in_templates};
 

@@ -1,18 +1,19 @@
 //! Reading files into records: a record is one JSON object, with the line it stands on.
 
+use std::collections::HashSet;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::DataError;
+use super::{DataError, parquet};
 use crate::hub;
 
 /// One row as the file has it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     pub fields: Map<String, Value>,
-    /// Line of the file (JSONL, CSV) or place in the list (JSON), counted from 1.
+    /// Line of the file (JSONL, CSV) or place in the list (JSON, parquet), counted from 1.
     pub line: usize,
 }
 
@@ -37,17 +38,14 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).map_err(|error| unreadable(&folder, error))? {
             let path = entry.map_err(|error| unreadable(&folder, error))?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if name.starts_with('.') || NOT_DATA.contains(&name) || name.to_ascii_lowercase().starts_with("readme") {
-                continue;
-            }
-            if path.is_dir() {
+            if !path.is_dir() {
+                found.push(path);
+            } else if !path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
                 folders.push(path);
-            } else {
-                found.extend(kind(&path).map(|_| path));
             }
         }
     }
+    retain_readable(&mut found);
     if found.is_empty() {
         return Err(DataError::Unreadable { path: path.into(), what: "no readable files in this folder".into() });
     }
@@ -126,18 +124,19 @@ fn kind(path: &Path) -> Option<Kind> {
 }
 
 /// Whether [`read`] reads files of this name, and the file is data rather than a word about it.
-pub fn is_readable(path: &Path) -> bool {
+fn is_readable(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let about = NOT_DATA.contains(&name) || name.starts_with('.') || name.to_ascii_lowercase().starts_with("readme");
-    !about && kind(path).is_some_and(|kind| kind != Kind::Parquet)
+    !about && kind(path).is_some()
 }
 
-fn parquet(path: &Path) -> DataError {
-    DataError::Unsupported {
-        path: path.display().to_string(),
-        what: "parquet is not read yet".into(),
-        hint: "convert it to JSONL (pandas: read_parquet(FILE).to_json(OUT, orient=\"records\", lines=True))".into(),
-    }
+/// Leaves the files that [`read`] reads, each table once: `train.parquet` goes where `train.jsonl` lies beside it.
+pub fn retain_readable<P: AsRef<Path> + Clone>(paths: &mut Vec<P>) {
+    paths.retain(|path| is_readable(path.as_ref()));
+    let is_parquet = |path: &Path| kind(path) == Some(Kind::Parquet);
+    let others: HashSet<PathBuf> =
+        paths.iter().map(AsRef::as_ref).filter(|path| !is_parquet(path)).map(|path| path.with_extension("")).collect();
+    paths.retain(|path| !is_parquet(path.as_ref()) || !others.contains(&path.as_ref().with_extension("")));
 }
 
 /// Reads one file whole.
@@ -148,7 +147,7 @@ pub fn read(path: &Path) -> Result<Vec<Record>, DataError> {
     let kind = kind(path)
         .ok_or_else(|| DataError::Unreadable { path: path.into(), what: "this kind of file is not read".into() })?;
     if kind == Kind::Parquet {
-        return Err(parquet(path));
+        return parquet::records(path);
     }
     let failed = |error: std::io::Error| DataError::Read { path: path.into(), what: error.to_string() };
     let mut bytes = std::fs::read(path).map_err(failed)?;
@@ -180,7 +179,10 @@ fn parse(path: &Path, kind: Kind, bytes: Vec<u8>) -> Result<Vec<Record>, DataErr
         Kind::Csv(delimiter) => csv(path, text, delimiter),
         Kind::Text => Ok(document(text)),
         Kind::Json => json(path, text),
-        Kind::Parquet => Err(parquet(path)),
+        Kind::Parquet => Err(DataError::Unreadable {
+            path: path.into(),
+            what: "parquet is compressed by itself: it is read without .xz around it".into(),
+        }),
     }
 }
 

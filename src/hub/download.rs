@@ -30,8 +30,8 @@ pub struct Order<'a> {
     pub id: &'a str,
     /// A branch, tag or commit; empty for `main`.
     pub revision: &'a str,
-    /// Whether a file is wanted, by its path in the repository.
-    pub wanted: &'a (dyn Fn(&str) -> bool + Sync),
+    /// Leaves the wanted ones of a repository's files.
+    pub wanted: &'a (dyn Fn(&mut Vec<String>) + Sync),
     /// Gets bytes had and bytes in all.
     pub tell: &'a (dyn Fn(u64, u64) + Sync),
 }
@@ -60,7 +60,7 @@ pub async fn snapshot<T: RepoType>(repository: &HFRepository<T>, order: &Order<'
         }
     }
     let there = paths.len();
-    paths.retain(|path| (order.wanted)(path));
+    (order.wanted)(&mut paths);
     if paths.is_empty() {
         return Err(FetchError::Nothing { id: order.id.to_owned(), files: there });
     }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use hf_hub::{HFClient, HFClientSync, HFError, split_id};
 
 use super::download::{self, Order};
+use crate::data;
 
 /// Files of a model repository that training needs; pickles are never fetched.
 const NEEDED: [&str; 10] = [
@@ -67,7 +68,7 @@ impl FetchError {
             FetchError::Offline => "unset it, or name a model folder",
             FetchError::NoId { .. } => "",
             FetchError::Nothing { .. } => {
-                "a model needs config.json and safetensors; of datasets JSON, JSONL, CSV and text are read, parquet is not yet"
+                "a model needs config.json and safetensors; of datasets JSON, JSONL, CSV, parquet and text are read"
             }
             FetchError::Busy { .. } => "wait for it, then choose it again",
             FetchError::Damaged { .. } => "it was removed; fetch it again",
@@ -238,12 +239,12 @@ pub fn download(
     let folder = runtime.block_on(async {
         match repository {
             Repository::Model => {
-                let order = Order { kind: "models", id, revision, wanted: &is_needed, tell };
+                let needed = |paths: &mut Vec<String>| paths.retain(|path| is_needed(path));
+                let order = Order { kind: "models", id, revision, wanted: &needed, tell };
                 download::snapshot(&client.model(owner, name), &order).await
             }
             Repository::Dataset => {
-                let readable = |path: &str| crate::data::is_readable(std::path::Path::new(path));
-                let order = Order { kind: "datasets", id, revision, wanted: &readable, tell };
+                let order = Order { kind: "datasets", id, revision, wanted: &data::retain_readable, tell };
                 download::snapshot(&client.dataset(owner, name), &order).await
             }
         }

@@ -1,0 +1,33 @@
+//! Parquet files, as most datasets on the Hugging Face Hub are stored.
+
+use std::fs::File;
+use std::path::Path;
+
+use parquet::file::reader::FileReader;
+use parquet::file::serialized_reader::SerializedFileReader;
+use serde_json::Value;
+
+use super::DataError;
+use super::read::Record;
+
+/// The rows of a parquet file, nested columns as nested JSON; `line` is the row's number.
+///
+/// # Errors
+/// When the file is not parquet, is cut off, or uses a compression that is not read; the message says which.
+pub fn records(path: &Path) -> Result<Vec<Record>, DataError> {
+    let file = File::open(path).map_err(|error| DataError::Read { path: path.into(), what: error.to_string() })?;
+    let broken = |what: String| DataError::Unreadable { path: path.into(), what };
+    let reader =
+        SerializedFileReader::new(file).map_err(|error| broken(format!("not a whole parquet file: {error}")))?;
+    let rows = reader.get_row_iter(None).map_err(|error| broken(error.to_string()))?;
+    rows.enumerate()
+        .map(|(index, row)| {
+            let broken = |what: String| DataError::Content { path: path.into(), what };
+            let row = row.map_err(|error| broken(format!("row {} cannot be read: {error}", index + 1)))?;
+            match row.to_json_value() {
+                Value::Object(fields) => Ok(Record { fields, line: index + 1 }),
+                _ => Err(broken(format!("row {} has no columns", index + 1))),
+            }
+        })
+        .collect()
+}
