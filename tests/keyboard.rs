@@ -147,14 +147,23 @@ fn a_model_of_the_hub_is_found_fetched_and_chosen() {
     workbench.press("llama\r");
     workbench.see("tiny/llama");
     workbench.see("4,321");
+    // Its configuration alone says whether it fits.
+    workbench.see("lora fits: ");
+    let asked = server.asked();
+    assert!(asked.iter().any(|asked| asked.line.starts_with("GET /api/models?search=llama")), "{asked:?}");
+    assert!(
+        asked.iter().any(|asked| asked.line.contains("/tiny/llama/resolve/") && asked.line.contains("config.json"))
+    );
+    assert!(
+        !asked.iter().any(|asked| asked.line.contains("safetensors?") || asked.line.ends_with(".safetensors")),
+        "{asked:?}"
+    );
     workbench.press("\r");
     workbench.see("tiny/llama is here");
     let snapshot = home.path().join("hub/models--tiny--llama/snapshots").join(COMMIT);
     assert!(snapshot.join("config.json").is_file() && snapshot.join("tokenizer.json").is_file());
     workbench.press("1");
     workbench.see("cache");
-    let asked = server.asked();
-    assert!(asked.iter().any(|asked| asked.line.starts_with("GET /api/models?search=llama")), "{asked:?}");
     // And a dataset for it.
     workbench.press("2h");
     workbench.see("search the hub");

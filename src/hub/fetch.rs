@@ -168,6 +168,18 @@ pub fn search_models(query: &str) -> Result<Vec<FoundModel>, FetchError> {
         .collect())
 }
 
+/// The `config.json` of a model of the hub, without fetching anything else.
+///
+/// # Errors
+/// When the hub is not to be asked, cannot be reached, or refuses (what is gated asks for a token).
+pub fn model_config(id: &str) -> Result<String, FetchError> {
+    let what = || format!("the configuration of {id}");
+    let (owner, name) = split_id(id);
+    let file = client()?.model(owner, name).download_file_to_bytes().filename("config.json").send();
+    let bytes = file.map_err(|error| FetchError::of(what(), error))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 /// Datasets whose names match, most downloaded first.
 ///
 /// # Errors

@@ -258,6 +258,7 @@ impl App {
             Message::Models(..)
             | Message::Fits { .. }
             | Message::HubModels(..)
+            | Message::Examined { .. }
             | Message::Progress { repository: Repository::Model, .. }
             | Message::Downloaded { repository: Repository::Model, .. } => self.on_models(message),
             Message::HubDatasets(..) | Message::Progress { .. } | Message::Downloaded { .. } => {

@@ -19,6 +19,8 @@ pub enum Request {
     /// Models of this machine; their fit follows one by one.
     ListModels,
     SearchHub(Repository, String),
+    /// What a model of the hub is and whether it fits, from its configuration alone. Only the latest counts.
+    Examine(String),
     /// Fetches what is not here yet.
     Download(Repository, String),
     /// Data files around the working folder.
@@ -121,6 +123,15 @@ pub struct ModelEntry {
     pub fits: Vec<(&'static str, Fit)>,
     /// Downloads, for those of the hub.
     pub downloads: Option<u64>,
+}
+
+/// What the configuration of a model of the hub says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Examined {
+    pub family: String,
+    pub parameters: u64,
+    pub context: usize,
+    pub fits: Vec<(&'static str, Fit)>,
 }
 
 /// A data file that can be chosen.
@@ -250,6 +261,11 @@ pub enum Message {
         fits: Vec<(&'static str, Fit)>,
     },
     HubModels(Result<Vec<ModelEntry>, String>),
+    Examined {
+        id: String,
+        /// Why its configuration could not be had.
+        result: Result<Box<Examined>, String>,
+    },
     HubDatasets(Result<Vec<FileEntry>, String>),
     /// Bytes had and to come of a download.
     Progress {

@@ -22,6 +22,7 @@ pub struct Background {
     forecast: Sender<Request>,
     runs: Sender<Request>,
     downloads: Sender<Request>,
+    examine: Sender<Request>,
     follower: runs::Follower,
     monitor: machine::MonitorThread,
     chat: chat::ChatProcess,
@@ -41,6 +42,11 @@ impl Background {
             })?,
             downloads: thread("downloads", sender.clone(), |requests, sender| {
                 for request in requests {
+                    catalog::perform(request, sender);
+                }
+            })?,
+            examine: thread("examine", sender.clone(), |requests, sender| {
+                while let Some(request) = latest(&requests) {
                     catalog::perform(request, sender);
                 }
             })?,
@@ -73,6 +79,7 @@ impl Background {
         let _ = match request {
             Request::ListModels | Request::ListFiles => self.catalog.send(request),
             Request::SearchHub(..) | Request::Download(..) => self.downloads.send(request),
+            Request::Examine(_) => self.examine.send(request),
             Request::Preview { .. } => self.preview.send(request),
             Request::Forecast { .. } => self.forecast.send(request),
             Request::Open(run) => {

@@ -82,7 +82,8 @@ impl App {
                 self.data.searching = false;
                 match result {
                     Ok(found) => {
-                        self.tell(format!("{} datasets found on the hub", found.len()));
+                        let plural = if found.len() == 1 { "" } else { "s" };
+                        self.tell(format!("{} dataset{plural} found on the hub", found.len()));
                         self.data.filter(String::new());
                         self.data.hub = found;
                         self.data.rebuild();

@@ -22,6 +22,8 @@ pub struct ModelScreen {
     /// The machine was looked through.
     pub loaded: bool,
     pub searching: bool,
+    /// Model of the hub whose configuration was asked for last, and why it could not be had.
+    examined: Option<(String, Option<String>)>,
     /// Download under way: id, bytes had, bytes in all.
     pub download: Option<(String, u64, u64)>,
 }
@@ -67,13 +69,29 @@ impl App {
                 self.model.searching = false;
                 match result {
                     Ok(models) => {
-                        self.tell(format!("{} models found on the hub", models.len()));
+                        let plural = if models.len() == 1 { "" } else { "s" };
+                        self.tell(format!("{} model{plural} found on the hub", models.len()));
                         self.model.filter(String::new());
                         self.model.hub = models;
                         self.model.rebuild();
                         self.model.list.select(|entry| entry.origin == Origin::Hub);
+                        self.examine_marked();
                     }
                     Err(error) => self.complain(error),
+                }
+            }
+            Message::Examined { id, result } => {
+                let entries = self.model.hub.iter_mut().chain(self.model.list.items_mut());
+                for entry in entries.filter(|entry| entry.id == id && entry.origin == Origin::Hub) {
+                    if let Ok(examined) = &result {
+                        entry.family.clone_from(&examined.family);
+                        entry.parameters = Some(examined.parameters);
+                        entry.context = Some(examined.context);
+                        entry.fits.clone_from(&examined.fits);
+                    }
+                }
+                if let Err(error) = result {
+                    self.model.examined = Some((id, Some(error)));
                 }
             }
             Message::Progress { id, done, total, .. } => self.model.download = Some((id, done, total)),
@@ -119,9 +137,24 @@ impl App {
                 self.model.loaded = false;
                 self.ask(Request::ListModels);
             }
-            other => return self.model.list.act(other),
+            other => {
+                let done = self.model.list.act(other);
+                self.examine_marked();
+                return done;
+            }
         }
         true
+    }
+
+    /// Asks what the marked model of the hub is, once.
+    fn examine_marked(&mut self) {
+        let Some(entry) = self.model.list.selected() else { return };
+        let asked = self.model.examined.as_ref().is_some_and(|(id, _)| *id == entry.id);
+        if entry.origin == Origin::Hub && entry.fits.is_empty() && !asked {
+            let id = entry.id.clone();
+            self.model.examined = Some((id.clone(), None));
+            self.ask(Request::Examine(id));
+        }
     }
 
     /// Writes the model into the run file and asks what follows from it.
@@ -275,15 +308,37 @@ impl App {
                     ]));
                 }
             }
+            let mut beside = Line::default();
             for (method, fit) in &entry.fits {
                 let (role, _) = fit_word(Some(*fit));
-                lines.push(Line::from(vec![
-                    look.span(Role::Dim, text::pad(method, 12, "")),
-                    look.span(role, fit_sentence(*fit)),
-                ]));
+                if flat {
+                    let words = fit_sentence(*fit);
+                    if beside.width() + method.len() + words.len() + 1 > area.width as usize {
+                        lines.push(std::mem::take(&mut beside));
+                    }
+                    beside.push_span(look.span(Role::Dim, format!("{method} ")));
+                    beside.push_span(look.span(role, format!("{words}   ")));
+                } else {
+                    lines.push(Line::from(vec![
+                        look.span(Role::Dim, text::pad(method, 12, "")),
+                        look.span(role, fit_sentence(*fit)),
+                    ]));
+                }
             }
-            if entry.fits.is_empty() && entry.problem.is_none() && entry.origin != Origin::Hub {
-                lines.push(look.line(Role::Dim, "working out what fits"));
+            if beside.width() > 0 {
+                lines.push(beside);
+            }
+            let refused = screen.examined.as_ref().filter(|(id, _)| *id == entry.id).and_then(|(_, why)| why.as_ref());
+            match refused {
+                Some(why) if entry.origin == Origin::Hub => {
+                    lines.extend(
+                        text::wrap(why, area.width as usize).into_iter().map(|line| look.line(Role::Warn, line)),
+                    );
+                }
+                _ if entry.fits.is_empty() && entry.problem.is_none() => {
+                    lines.push(look.line(Role::Dim, "working out what fits"));
+                }
+                _ => {}
             }
         }
         look.put_lines(buffer, area, lines);

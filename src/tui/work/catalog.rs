@@ -8,7 +8,7 @@ use super::forecast;
 use crate::hub::{self, fetch::Repository};
 use crate::model::ModelConfig;
 use crate::spec::RunSpec;
-use crate::tui::message::{FileEntry, Message, ModelEntry, Origin, Request};
+use crate::tui::message::{Examined, FileEntry, Message, ModelEntry, Origin, Request};
 
 /// Folders under the working folder that are looked into, this deep.
 const DEPTH: usize = 3;
@@ -43,6 +43,10 @@ pub fn perform(request: Request, sender: &Sender<Message>) {
             };
             let _ = sender.send(Message::HubDatasets(found.map(|found| found.into_iter().map(entry).collect())));
         }
+        Request::Examine(id) => {
+            let result = examine(&id).map(Box::new);
+            let _ = sender.send(Message::Examined { id, result });
+        }
         Request::Download(repository, id) => {
             let here = match repository {
                 Repository::Model => hub::locate_model(&id, "").is_ok(),
@@ -63,6 +67,18 @@ pub fn perform(request: Request, sender: &Sender<Message>) {
         }
         _ => {}
     }
+}
+
+/// What a model of the hub is, and whether it fits.
+fn examine(id: &str) -> Result<Examined, String> {
+    let text = hub::fetch::model_config(id).map_err(|error| error.with_hint())?;
+    let config = ModelConfig::parse(&text).map_err(|error| error.to_string())?;
+    Ok(Examined {
+        family: config.family.to_string(),
+        parameters: config.parameters(),
+        context: config.max_position_embeddings,
+        fits: forecast::fits(id, &config),
+    })
 }
 
 /// Lists what is there at once, then works out what fits.

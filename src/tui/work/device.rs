@@ -41,7 +41,11 @@ fn ask(device: &str, precision: &str) -> Answer {
     let failed = |error: String| format!("no process could look for devices: {error}");
     let output = std::env::current_exe()
         .and_then(|program| {
-            Command::new(program).args(["choose", device, precision]).stdin(Stdio::null()).stderr(Stdio::null()).output()
+            Command::new(program)
+                .args(["choose", device, precision])
+                .stdin(Stdio::null())
+                .stderr(Stdio::null())
+                .output()
         })
         .map_err(|error| failed(error.to_string()))?;
     let line = output.stdout.split(|&byte| byte == b'\n').next().unwrap_or_default();
