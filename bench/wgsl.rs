@@ -1,7 +1,8 @@
 //! The WGSL engine on a card: `wgsl adapters | check | products | attention | step MODEL BATCH SEQUENCE STEPS [none|cheap|all]`.
 //!
 //! `check` holds the fast paths against the CPU engine on the same f16 inputs; run it before believing a time.
-//! `DEVICE` (default `wgpu`) and `PRECISION` (default `auto`) choose; `step` takes 135m, 1b or 8b (Llama shapes, random
+//! `DEVICE` (default `wgpu`) and `PRECISION` (default `auto`) choose, `TRACE=1` prints what was measured of each candidate
+//! kernel, `products` takes words to choose rows (`square`, `long`, `nf4`, `lora`, `small`); `step` takes 135m, 1b or 8b (Llama shapes, random
 //! weights), LoRA of rank 16 on all linear layers, packed rows of full length.
 
 use std::collections::BTreeMap;
@@ -32,7 +33,7 @@ fn main() -> anyhow::Result<()> {
             Ok(())
         }
         ["check"] => check(&options),
-        ["products"] => products(&options),
+        ["products", rows @ ..] => products(&options, rows),
         ["attention"] => attention(&options),
         ["step", model, batch, sequence, steps, rest @ ..] => {
             let recompute = match rest.first() {
@@ -105,10 +106,11 @@ struct Layer<'a> {
     k: usize,
     widths: &'a [usize],
     rank: usize,
+    weight: DType,
 }
 
 fn linear(builder: &mut WorkloadBuilder, target: &Target, layer: Layer, forward: bool, trained: bool) -> Op {
-    let Layer { tokens, k, widths, rank } = layer;
+    let Layer { tokens, k, widths, rank, weight } = layer;
     let compute = target.compute;
     let total: usize = widths.iter().sum();
     let name = if forward { "out" } else { "grad_out" };
@@ -122,7 +124,7 @@ fn linear(builder: &mut WorkloadBuilder, target: &Target, layer: Layer, forward:
     });
     let (mut ahead, mut back, mut start) = (Vec::new(), Vec::new(), 0);
     for (i, &n) in widths.iter().enumerate() {
-        let weight = builder.persistent(&format!("{i}.weight"), &[n, k], DType::BF16, Kind::Weight);
+        let weight = builder.persistent(&format!("{i}.weight"), &[n, k], weight, Kind::Weight);
         let columns = Columns { buffer: output, start, width: n };
         start += n;
         let mut part =
@@ -277,11 +279,11 @@ fn compare(
 fn check(options: &wgpu::Options) -> anyhow::Result<()> {
     let mut good = true;
     let layers = [
-        ("qkv 256x576", Layer { tokens: 256, k: 576, widths: &[576, 192, 192], rank: 16 }),
-        ("gate_up 512x576", Layer { tokens: 512, k: 576, widths: &[1536, 1536], rank: 16 }),
-        ("large 512x1024", Layer { tokens: 512, k: 1024, widths: &[1024, 1024], rank: 16 }),
-        ("ragged 200x100", Layer { tokens: 200, k: 100, widths: &[84], rank: 8 }),
-        ("plain 2048x512", Layer { tokens: 2048, k: 512, widths: &[2048], rank: 0 }),
+        ("qkv 256x576", Layer { tokens: 256, k: 576, widths: &[576, 192, 192], rank: 16, weight: DType::BF16 }),
+        ("gate_up 512x576", Layer { tokens: 512, k: 576, widths: &[1536, 1536], rank: 16, weight: DType::BF16 }),
+        ("large 512x1024", Layer { tokens: 512, k: 1024, widths: &[1024, 1024], rank: 16, weight: DType::BF16 }),
+        ("ragged 200x100", Layer { tokens: 200, k: 100, widths: &[84], rank: 8, weight: DType::BF16 }),
+        ("plain 2048x512", Layer { tokens: 2048, k: 512, widths: &[2048], rank: 0, weight: DType::BF16 }),
     ];
     for (name, layer) in layers {
         good &= compare(name, options, 1, |builder, target| vec![linear(builder, target, layer, true, false)])?;
@@ -312,10 +314,21 @@ fn time(
     let workload = workload(repeats, |builder| vec![write(builder, &target)]);
     let weights = Arc::new(Noise::new(&workload));
     let mut session = wgpu::open(plan(workload, target)?, weights, options)?;
+    trace(&session);
     write_inputs(&mut session, 2)?;
+    best_of(&mut session, repeats)
+}
+
+/// Seconds of one of `repeats` in the program, the best of six runs after the card is warm: idle it runs at a fraction
+/// of its clock.
+fn best_of(session: &mut wgpu::WgpuSession, repeats: usize) -> anyhow::Result<f64> {
+    let begun = Instant::now();
+    while begun.elapsed().as_secs_f64() < 0.3 {
+        session.run(0)?;
+        session.synchronize()?;
+    }
     let mut best = f64::INFINITY;
     for _ in 0..6 {
-        session.synchronize()?;
         let start = Instant::now();
         session.run(0)?;
         session.synchronize()?;
@@ -324,33 +337,57 @@ fn time(
     Ok(best)
 }
 
-fn products(options: &wgpu::Options) -> anyhow::Result<()> {
-    println!("tokens x K x N, rank: forward (NT), gradient of the input (NN), of the weight (TN), TFLOP/s");
-    for (tokens, k, n, rank) in [
-        (4096, 4096, 4096, 0),
-        (4096, 4096, 14336, 0),
-        (4096, 14336, 4096, 0),
-        (4096, 4096, 4096, 16),
-        (4096, 576, 1536, 0),
-        (4096, 1536, 576, 0),
-        (4096, 576, 1536, 16),
+/// With `TRACE` set: each candidate kernel's time, as it was measured when the session opened.
+fn trace(session: &wgpu::WgpuSession) {
+    if std::env::var_os("TRACE").is_none() {
+        return;
+    }
+    for found in session.measurements() {
+        let numbers: Vec<f64> = found.key.split(' ').nth(1).unwrap_or("").split('x').flat_map(str::parse).collect();
+        let rate = |seconds: f64| match numbers.as_slice() {
+            [m, n, k] => format!("{:7.1} TFLOP/s, {:.3} ms", 2e-12 * m * n * k / seconds, seconds * 1e3),
+            _ => format!("{:.3} ms", seconds * 1e3),
+        };
+        let verdict = match found.verdict {
+            wgpu::Verdict::Refused => "does not compile".to_string(),
+            wgpu::Verdict::Differs(by) => format!("WRONG by {by:.1e}"),
+            wgpu::Verdict::Slow(seconds) => format!("{} (once)", rate(seconds)),
+            wgpu::Verdict::Took(seconds) => rate(seconds),
+        };
+        println!("  {}: {}: {verdict}", found.key, found.candidate);
+    }
+}
+
+fn products(options: &wgpu::Options, rows: &[&str]) -> anyhow::Result<()> {
+    println!("tokens x K x N, rank, weight: forward (NT), gradient of the input (NN), of the weight (TN), TFLOP/s");
+    for (row, tokens, k, n, rank, weight) in [
+        ("square", 4096, 4096, 4096, 0, DType::BF16),
+        ("long", 4096, 4096, 14336, 0, DType::BF16),
+        ("long", 4096, 14336, 4096, 0, DType::BF16),
+        ("nf4", 4096, 4096, 4096, 0, DType::Nf4),
+        ("nf4", 4096, 14336, 4096, 0, DType::Nf4),
+        ("lora", 4096, 4096, 4096, 16, DType::BF16),
+        ("small", 4096, 576, 1536, 0, DType::BF16),
+        ("small", 4096, 1536, 576, 0, DType::BF16),
+        ("small", 4096, 576, 1536, 16, DType::BF16),
     ] {
+        if !rows.is_empty() && !rows.contains(&row) {
+            continue;
+        }
         let widths = [n];
-        let layer = Layer { tokens, k, widths: &widths, rank };
+        let layer = Layer { tokens, k, widths: &widths, rank, weight };
         let flops = 2.0 * tokens as f64 * k as f64 * n as f64 / 1e12;
         let forward = time(options, 10, |builder, target| linear(builder, target, layer, true, false))?;
         let input = time(options, 10, |builder, target| linear(builder, target, layer, false, false))?;
-        let weight =
-            time(options, 10, |builder, target| linear(builder, target, Layer { rank: 0, ..layer }, false, true))?;
-        println!(
-            "{tokens} x {k} x {n}, {rank}: {:.1} {:.1} {:.1} TFLOP/s; {:.3} {:.3} {:.3} ms",
-            flops / forward,
-            flops / input,
-            flops / weight,
-            forward * 1e3,
-            input * 1e3,
-            weight * 1e3
-        );
+        let mut line =
+            format!("{tokens} x {k} x {n}, {rank}, {}: {:.1} {:.1}", weight.name(), flops / forward, flops / input);
+        // A quantized weight is frozen.
+        if !weight.is_quantized() {
+            let layer = Layer { rank: 0, ..layer };
+            let trained = time(options, 10, |builder, target| linear(builder, target, layer, false, true))?;
+            line += &format!(" {:.1}", flops / trained);
+        }
+        println!("{line} TFLOP/s");
     }
     Ok(())
 }
@@ -367,16 +404,9 @@ fn attention(options: &wgpu::Options) -> anyhow::Result<()> {
             let workload = workload(10, |builder| vec![attention_ops(builder, &target, tokens, shape)[number].clone()]);
             let weights = Arc::new(Noise::new(&workload));
             let mut session = wgpu::open(plan(workload, target)?, weights, options)?;
+            trace(&session);
             write_inputs(&mut session, documents)?;
-            let mut best = f64::INFINITY;
-            for _ in 0..5 {
-                session.synchronize()?;
-                let start = Instant::now();
-                session.run(0)?;
-                session.synchronize()?;
-                best = best.min(start.elapsed().as_secs_f64() / 10.0);
-            }
-            Ok::<f64, anyhow::Error>(best)
+            best_of(&mut session, 10)
         };
         let (forward, backward) = (timed(0)?, timed(1)?);
         println!(
@@ -443,6 +473,7 @@ fn step(
     let begun = Instant::now();
     let plan = plan(workload, target)?;
     let mut session = wgpu::open(plan, weights, engine)?;
+    trace(&session);
     println!("opened in {:.1} s, {:.2} GiB", begun.elapsed().as_secs_f64(), session.allocated_bytes() as f64 / 1.074e9);
     let find = |session: &wgpu::WgpuSession, name: &str| {
         session.plan().workload.find(name).with_context(|| format!("no buffer {name}"))

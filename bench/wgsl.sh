@@ -1,28 +1,58 @@
 #!/usr/bin/env bash
-# The WGSL engine on a card: checks the fast paths against the CPU engine, then times products, attention and training
-# steps. BIN is the `wgsl` example, built elsewhere if need be: cargo build --release --example wgsl
-# PROBE is the `wgsl_probe` example: `attention-phases` isolates what is wrong on cooperative matrices, `candidates` times
-# every candidate tile of products beside PyTorch; both need python3 with numpy (and torch).
-# bash bench/wgsl.sh [check products attention MODEL:BATCH:SEQUENCE:RECOMPUTE ...]
+# The WGSL engine on a card, beside PyTorch on the same card; needs no build there.
+#   bash bench/wgsl.sh [ROW ...]
+# check                           the fast paths against the CPU engine: before a time is believed
+# products[:ROWS] attention       rates; ROWS of square,long,nf4,lora,small; TRACE=1 prints every candidate kernel's
+# MODEL:BATCH:SEQUENCE:RECOMPUTE  a training step (135m, 1b, 8b; none, cheap, all); PROFILE=1 prints the time per operation
+# peer-products peer-attention peer:MODEL:BATCH:SEQUENCE:RECOMPUTE   the same in PyTorch, Transformers and PEFT (bf16)
+# leak                            2,000 steps of the demo model, host and device memory at 200 and at the end
+# doctor                          what `tune doctor` says of the adapter
+# attention-phases candidates     experiments of `wgsl_probe`
+# BIN is the example `wgsl`, TUNE the program, PROBE the example `wgsl_probe`; python3 with torch, transformers and peft. What
+# is printed goes to LOG too, line by line.
 set -u
 cd "$(dirname "$0")/.."
 BIN=${BIN:-target/release/examples/wgsl}
+TUNE=${TUNE:-target/release/tune}
 PROBE=${PROBE:-target/release/examples/wgsl_probe}
 STEPS=${STEPS:-8}
+LOG=${LOG:-/dev/null}
 if [ $# -eq 0 ]; then
-    set -- check products attention 135m:8:512:none 1b:4:2048:none 8b:2:2048:all
+    set -- check products:square,long,nf4 peer-products attention peer-attention \
+        135m:8:512:none peer:135m:8:512:all 1b:4:2048:none peer:1b:4:2048:all 8b:2:2048:all peer:8b:2:2048:all doctor leak
 fi
-"$BIN" adapters
-for row in "$@"; do
-    echo "== $row"
-    case "$row" in
-    check) TUNE_COOPERATIVE_ATTENTION=1 timeout 200 "$BIN" "$row" ;;
-    attention-phases) timeout 100 python3 bench/wgsl_probe.py "$PROBE" attention ;;
-    candidates) timeout 200 python3 bench/wgsl_probe.py "$PROBE" products small pytorch ;;
-    products | attention) timeout 200 "$BIN" "$row" ;;
+row() {
+    local model batch sequence recompute
+    case "$1" in
+    check) TUNE_COOPERATIVE_ATTENTION=1 timeout "${LIMIT:-100}" "$BIN" check | grep -v '^ok' ;;
+    products*)
+        IFS=, read -ra rows <<<"${1#products}"
+        timeout "${LIMIT:-150}" "$BIN" products "${rows[@]#:}"
+        ;;
+    attention) timeout "${LIMIT:-60}" "$BIN" attention ;;
+    peer-products | peer-attention) timeout "${LIMIT:-60}" python3 bench/wgsl_peer.py "${1#peer-}" ;;
+    peer:*)
+        IFS=: read -r _ model batch sequence recompute <<<"$1"
+        timeout "${LIMIT:-120}" python3 bench/wgsl_peer.py step "$model" "$batch" "$sequence" "$STEPS" "$recompute"
+        ;;
+    leak) timeout "${LIMIT:-180}" python3 bench/wgsl_leak.py "$TUNE" "${DEVICE:-wgpu:0}" 2000 ;;
+    doctor) timeout "${LIMIT:-60}" "$TUNE" doctor | grep -A6 wgpu ;;
+    attention-phases) timeout "${LIMIT:-100}" python3 bench/wgsl_probe.py "$PROBE" attention ;;
+    candidates) timeout "${LIMIT:-200}" python3 bench/wgsl_probe.py "$PROBE" products small pytorch ;;
     *)
-        IFS=: read -r model batch sequence recompute <<<"$row"
-        timeout 200 "$BIN" step "$model" "$batch" "$sequence" "$STEPS" "$recompute" ${PROFILE:+profile}
+        IFS=: read -r model batch sequence recompute <<<"$1"
+        timeout "${LIMIT:-150}" "$BIN" step "$model" "$batch" "$sequence" "$STEPS" "$recompute" ${PROFILE:+profile}
         ;;
     esac
-done
+    local code=$?
+    [ $code -eq 0 ] || echo "$1 ended with $code"
+}
+{
+    "$BIN" adapters
+    for name in "$@"; do
+        begun=$SECONDS
+        echo "== $name"
+        row "$name" 2>&1
+        echo "-- $((SECONDS - begun)) s"
+    done
+} 2>&1 | tee "$LOG"

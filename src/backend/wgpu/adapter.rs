@@ -25,7 +25,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// Reads `wgpu` or `wgpu:N`, and a precision of `auto`, `f32` or `f16`.
+    /// Reads `wgpu` or `wgpu:N`, and a precision of `auto`, `f32` or `f16`. `TUNE_WGPU_PORTABLE` in the environment asks
+    /// for [`Options::portable`].
     ///
     /// # Errors
     /// When either is none of these.
@@ -44,7 +45,8 @@ impl Options {
             "f16" => Some(DType::F16),
             other => return Err(unsupported(format!("precision {other}: it has auto, f32 and f16"))),
         };
-        Ok(Options { adapter, compute, portable: false })
+        let portable = std::env::var_os("TUNE_WGPU_PORTABLE").is_some_and(|value| !value.is_empty());
+        Ok(Options { adapter, compute, portable })
     }
 }
 

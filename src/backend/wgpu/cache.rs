@@ -14,9 +14,12 @@ use super::tuning;
 const CHECKSUM: usize = 32;
 
 /// Shaders that are chosen between.
-const CHOSEN: [&str; 11] = [
+const CHOSEN: [&str; 14] = [
     "matmul",
     "matmul_cooperative",
+    "matmul_cooperative_load",
+    "matmul_cooperative_multiply",
+    "matmul_cooperative_put",
     "attention",
     "attention_mask",
     "attention_tiles",

@@ -24,6 +24,10 @@ pub enum Element {
     F32,
     /// With the adapter's `f16` feature.
     F16,
+    /// Eight halves at a time, as the shader's own type `Read`; it has no functions.
+    F16Pairs,
+    /// Eight halves at a time, as four words; it has no functions.
+    F16Words,
     /// Two halves in a word, read only.
     PackedF16,
     /// Two bfloat16 in a word, read only.
@@ -115,6 +119,9 @@ shaders!(
     "loss_sum",
     "matmul",
     "matmul_cooperative",
+    "matmul_cooperative_load",
+    "matmul_cooperative_multiply",
+    "matmul_cooperative_put",
     "noise",
     "partial_sum",
     "random",
@@ -166,12 +173,17 @@ fn declare(text: &mut String, index: usize, binding: &Binding, half: bool) {
         (Element::F32, true) => "vec4<f32>",
         (Element::F16, false) => "f16",
         (Element::F16, true) => "vec4<f16>",
+        (Element::F16Pairs, _) => "Read",
+        (Element::F16Words, _) => "vec4<u32>",
         (Element::PackedF16 | Element::PackedBF16, false) => "u32",
         (Element::PackedF16 | Element::PackedBF16, true) => "vec2<u32>",
         (Element::I32, _) => "i32",
         (Element::U32, _) => "u32",
     };
     let _ = writeln!(text, "@group(0) @binding({index}) var<storage, {access}> {name}: array<{item}>;");
+    if matches!(element, Element::F16Pairs | Element::F16Words) {
+        return;
+    }
     let get4_scalar = format!(
         "fn {name}_get4(i: u32) -> vec4<f32> {{ return vec4<f32>({name}_get(i), {name}_get(i + 1u), {name}_get(i + 2u), {name}_get(i + 3u)); }}\n"
     );
@@ -221,6 +233,7 @@ fn declare(text: &mut String, index: usize, binding: &Binding, half: bool) {
                  fn {name}_get(i: u32) -> f32 {{ return {name}_get4(i & 0xfffffffcu)[i & 3u]; }}"
             );
         }
+        (Element::F16Pairs | Element::F16Words, _) => {}
         (Element::I32 | Element::U32, _) => {
             let kind = if *element == Element::I32 { "i32" } else { "u32" };
             let _ = writeln!(text, "fn {name}_get(i: u32) -> {kind} {{ return {name}[i]; }}");

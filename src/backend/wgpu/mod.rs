@@ -31,6 +31,7 @@ use std::sync::Arc;
 pub use adapter::{AdapterReport, Options, adapters, report, target};
 pub use lower::HALF_GRADIENT_FACTOR;
 pub use session::WgpuSession;
+pub use tuning::{Measurement, Verdict};
 
 use super::{EngineError, WeightSource};
 use crate::program::Plan;

@@ -9,6 +9,7 @@ use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
 use super::kernel::Kernel;
 use super::lower::{Choices, Dispatch, Facts, GradientScale, Lowering, Question, SOFTWARE_LOOP_LIMIT};
 use super::storage::{Place, Storage};
+use super::tuning::Measurement;
 use super::{cache, tables, tuning, upload};
 use crate::backend::{EngineError, Session, WeightSource};
 use crate::program::{BufferId, DType, Kind, Plan};
@@ -41,6 +42,7 @@ pub struct WgpuSession {
     staging: Option<wgpu::Buffer>,
     gradient_factor: Option<f32>,
     choices: Choices,
+    measurements: Vec<Measurement>,
     allocated: u64,
 }
 
@@ -182,6 +184,7 @@ impl WgpuSession {
             scratch: None,
             unpacked: if lowered.unpacked > 0 { all("unpacked weight", &[lowered.unpacked])?.pop() } else { None },
         };
+        let mut measurements = Vec::new();
         if !lowered.questions.is_empty() {
             let (trials, scratch) = tuning::trials(&plan, &storage, &facts, lowered.questions)?;
             memory.scratch = Some(gpu.device.create_buffer(&wgpu::BufferDescriptor {
@@ -190,7 +193,9 @@ impl WgpuSession {
                 usage,
                 mapped_at_creation: false,
             }));
-            choices.extend(tuning::measure(&gpu, &memory, &plan, &storage, &trials)?);
+            let (chosen, found) = tuning::measure(&gpu, &memory, &plan, &storage, &trials)?;
+            choices.extend(chosen);
+            measurements = found;
             if !software {
                 cache::save_choices(&gpu.info, &choices);
             }
@@ -229,6 +234,7 @@ impl WgpuSession {
             staging: None,
             gradient_factor: gradient_scale.map(|scale| scale.factor),
             choices,
+            measurements,
             allocated,
         };
         session.load(weights.as_ref())?;
@@ -239,6 +245,11 @@ impl WgpuSession {
     /// the engine are `factor / loss_scale` times the true ones. None where they are true.
     pub fn gradient_factor(&self) -> Option<f32> {
         self.gradient_factor
+    }
+
+    /// What was measured of each candidate kernel when the session opened; nothing where choices were known.
+    pub fn measurements(&self) -> &[Measurement] {
+        &self.measurements
     }
 
     /// Writes weights and constants.

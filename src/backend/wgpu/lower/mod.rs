@@ -233,8 +233,17 @@ impl<'a> Lowering<'a> {
             call.missing = Some(view.dtype);
             return;
         };
-        call.kernel.bindings.push(Binding { name, element, vector, writable: self.storage.is_writable(view.place) });
         let unit = if vector { 16 } else { 4 };
+        self.bind_element(call, name, view, element, unit);
+        if let Some(binding) = call.kernel.bindings.last_mut() {
+            binding.vector = vector;
+        }
+    }
+
+    /// Binds a buffer as an array of `element`, in whole `unit`s of bytes.
+    fn bind_element(&self, call: &mut Call, name: &'static str, view: &View, element: Element, unit: u64) {
+        let writable = self.storage.is_writable(view.place);
+        call.kernel.bindings.push(Binding { name, element, vector: false, writable });
         call.bindings.push((view.place, view.offset, view.bytes().next_multiple_of(unit)));
     }
 

@@ -2,6 +2,7 @@
 
 use super::{Call, Lowering, Work};
 use crate::backend::EngineError;
+use crate::backend::wgpu::kernel::Element;
 use crate::backend::wgpu::storage::View;
 use crate::program::{DType, Dropout};
 
@@ -148,7 +149,7 @@ enum Share {
     /// A thread's part of the tile, in fours.
     Threads { tm4: usize, tn4: usize },
     /// Subgroups down and across, on cooperative matrices.
-    Subgroups { down: usize, across: usize, stage: Stage },
+    Subgroups { down: usize, across: usize, stage: Stage, read: Read },
 }
 
 /// How tiles come to workgroup memory (`matmul_cooperative.wgsl`).
@@ -159,24 +160,49 @@ enum Stage {
     Plain,
 }
 
+/// What a thread reads at once: 8 bytes, or 16 in one of two forms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Read {
+    Narrow,
+    Wide,
+    Words,
+}
+
+impl Read {
+    fn halves(self) -> usize {
+        if self == Read::Narrow { 4 } else { 8 }
+    }
+}
+
 const fn threads(bm: usize, bn: usize, bk: usize, tm4: usize, tn4: usize) -> Tile {
     Tile { bm, bn, bk, share: Share::Threads { tm4, tn4 } }
 }
 
 const fn subgroups(bm: usize, bn: usize, bk: usize, down: usize, across: usize) -> Tile {
-    Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage: Stage::Double } }
+    Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage: Stage::Plain, read: Read::Narrow } }
 }
 
-/// Rows, columns, depth of a step, subgroups down and across: what is measured for large products.
-const LARGE: [(usize, usize, usize, usize, usize); 8] = [
-    (128, 128, 32, 2, 2),
-    (128, 128, 64, 2, 2),
-    (128, 128, 32, 2, 4),
-    (128, 256, 32, 2, 4),
-    (256, 128, 32, 4, 2),
-    (64, 128, 32, 1, 2),
-    (64, 64, 32, 2, 2),
-    (64, 64, 64, 2, 2),
+/// Rows, columns, depth of a step, subgroups down and across, and how they are staged: what is measured on cooperative
+/// matrices. Two tiles of depth 32 take so much workgroup memory that fewer workgroups run (`bench/LOG-wgsl.md`).
+const COOPERATIVE: [(usize, usize, usize, usize, usize, &[Stage]); 17] = [
+    (128, 128, 32, 2, 2, &[Stage::Plain, Stage::Ahead]),
+    (128, 128, 16, 2, 2, &[Stage::Plain, Stage::Double]),
+    (128, 128, 64, 2, 2, &[Stage::Plain]),
+    (128, 128, 32, 2, 4, &[Stage::Double]),
+    (128, 256, 32, 2, 4, &[Stage::Plain, Stage::Ahead]),
+    (128, 256, 16, 2, 4, &[Stage::Double]),
+    (256, 128, 32, 4, 2, &[Stage::Plain, Stage::Ahead]),
+    (64, 128, 32, 1, 2, &[Stage::Plain]),
+    (64, 128, 32, 2, 2, &[Stage::Ahead]),
+    (64, 64, 32, 2, 2, &[Stage::Plain, Stage::Ahead]),
+    (64, 64, 64, 2, 2, &[Stage::Plain, Stage::Ahead]),
+    // Thin results of long sums: LoRA.
+    (32, 128, 64, 1, 4, &[Stage::Plain, Stage::Ahead]),
+    (128, 16, 64, 4, 1, &[Stage::Plain, Stage::Ahead]),
+    (64, 16, 64, 4, 1, &[Stage::Plain, Stage::Ahead]),
+    (16, 128, 64, 1, 4, &[Stage::Plain, Stage::Ahead]),
+    (128, 32, 64, 4, 1, &[Stage::Plain, Stage::Ahead]),
+    (128, 16, 32, 4, 1, &[Stage::Double]),
 ];
 
 /// Thread tiles that are measured where there are no cooperative matrices.
@@ -195,15 +221,21 @@ impl Tile {
                 call.constant("A_ROUNDS", a.div_ceil(threads) as u32).flag("A_PARTIAL", !a.is_multiple_of(threads));
                 call.constant("B_ROUNDS", b.div_ceil(threads) as u32).flag("B_PARTIAL", !b.is_multiple_of(threads));
             }
-            Share::Subgroups { down, across, stage } => {
+            Share::Subgroups { down, across, stage, read } => {
                 let threads = down * across * 32;
-                call.flag("DOUBLE", stage == Stage::Double).flag("AHEAD", stage == Stage::Ahead);
-                call.constant("HALF", 1).constant("COOPERATIVE", 1);
+                let stage = match stage {
+                    Stage::Double => "DOUBLE",
+                    Stage::Ahead => "AHEAD",
+                    Stage::Plain => "PLAIN",
+                };
+                call.constant(stage, 1).constant("HALF", 1).constant("COOPERATIVE", 1);
+                call.flag("WIDE", read != Read::Narrow).flag("WORDS", read == Read::Words);
                 call.constant("SM", down as u32).constant("SN", across as u32);
                 call.constant("FM", (bm / down / 16) as u32).constant("FN", (bn / across / 16) as u32);
                 call.constant("K_FRAGMENTS", (bk / 16) as u32);
-                call.constant("A_LOADS", (bm * bk / 4 / threads) as u32);
-                call.constant("B_LOADS", (bn * bk / 4 / threads) as u32);
+                call.constant("A_LOADS", (bm * bk / read.halves() / threads) as u32);
+                call.constant("B_LOADS", (bn * bk / read.halves() / threads) as u32);
+                call.constant("SECOND_LOADS", (bm.max(bn) * bk / 4).div_ceil(threads) as u32);
             }
         }
     }
@@ -217,17 +249,17 @@ impl Tile {
         let Tile { bm, bn, bk, share } = self;
         match share {
             Share::Threads { tm4, tn4 } => format!("{bm}x{bn}x{bk} threads {tm4}x{tn4}"),
-            Share::Subgroups { down, across, stage } => {
-                format!("{bm}x{bn}x{bk} subgroups {down}x{across} {stage:?}")
+            Share::Subgroups { down, across, stage, read } => {
+                format!("{bm}x{bn}x{bk} subgroups {down}x{across} {stage:?} {read:?}")
             }
         }
     }
 
     /// Whether tiles of cooperative matrices fit workgroup memory and share out evenly among threads.
     fn fits(&self, workgroup_bytes: u32) -> bool {
-        let Share::Subgroups { down, across, stage } = self.share else { return true };
+        let Share::Subgroups { down, across, stage, read } = self.share else { return true };
         let threads = down * across * 32;
-        let even = |elements: usize| elements.is_multiple_of(threads * 4);
+        let even = |elements: usize| elements.is_multiple_of(threads * read.halves());
         let copies = if stage == Stage::Double { 2 } else { 1 };
         // Whichever way the operands are stored, with the padding.
         let bytes = |long: usize| 2 * ((long + 8) * self.bk).max(long * (self.bk + 8));
@@ -239,18 +271,39 @@ impl Tile {
         matches!(self.share, Share::Subgroups { .. })
     }
 
+    fn read(&self) -> Read {
+        match self.share {
+            Share::Threads { .. } => Read::Narrow,
+            Share::Subgroups { read, .. } => read,
+        }
+    }
+
+    /// Whether tiles cover the result and the depth exactly.
+    fn divides(&self, product: &Product) -> bool {
+        product.m.is_multiple_of(self.bm) && product.n.is_multiple_of(self.bn) && product.k.is_multiple_of(self.bk)
+    }
+
     fn count(&self, product: &Product) -> usize {
         product.m.div_ceil(self.bm) * product.n.div_ceil(self.bn)
     }
 }
 
-/// Whether projections side by side start at whole tiles, and the tile is not mostly beyond the matrix.
+/// Whether projections side by side start at whole tiles, the tile is not mostly beyond the matrix, and reads of 16 bytes
+/// stay within rows.
 fn suits(tile: &Tile, product: &Product) -> bool {
     let aligned = product.segments.is_none_or(|segments| {
         let unit = if segments.rows { tile.bm } else { tile.bn };
         segments.starts.iter().all(|&start| start == u32::MAX as usize || start.is_multiple_of(unit))
     });
-    aligned && tile.bm < 2 * product.m && tile.bn < 2 * product.n
+    let by_eights = |view: &View| view.dtype == DType::F16 && view.stride % 8 == 0 && view.start % 8 == 0;
+    let wide = tile.divides(product)
+        && by_eights(&product.a)
+        && by_eights(&product.b)
+        && product.segments.is_none_or(|segments| segments.rank.is_multiple_of(8));
+    aligned
+        && (tile.bm < 2 * product.m || tile.bm == 16)
+        && (tile.bn < 2 * product.n || tile.bn == 16)
+        && (tile.read() == Read::Narrow || wide)
 }
 
 impl Lowering<'_> {
@@ -285,10 +338,16 @@ impl Lowering<'_> {
         call.flag("EXACT", product.k.is_multiple_of(tile.bk)).flag("SPLIT", splits > 1);
         let vector_a = product.a_by_fours();
         let vector_b = product.b_by_fours();
+        // Strides that are constants leave addresses to the compiler.
+        let whole = tile.is_cooperative() && tile.divides(product);
+        if whole {
+            call.constant("WHOLE", 1);
+            call.constant("A_STRIDE", product.a.stride as u32).constant("B_STRIDE", product.b.stride as u32);
+        }
         let vector_c = product.n.is_multiple_of(4)
             && (splits > 1 || (c.by_fours() && product.bias.is_none_or(|bias| bias.elements().is_multiple_of(4))));
-        self.bind_as(&mut call, "a", &product.a, vector_a);
-        self.bind_as(&mut call, "b", &product.b, vector_b);
+        self.bind_read(&mut call, "a", &product.a, vector_a, tile.read());
+        self.bind_read(&mut call, "b", &product.b, vector_b, tile.read());
         call.flag("VECTOR_A", vector_a).flag("VECTOR_B", vector_b).flag("VECTOR_C", vector_c);
         self.bind_as(&mut call, "c", &c, vector_c);
         call.number("m", product.m).number("n", product.n).number("k", product.k);
@@ -340,6 +399,14 @@ impl Lowering<'_> {
         Ok(())
     }
 
+    fn bind_read(&self, call: &mut Call, name: &'static str, view: &View, vector: bool, read: Read) {
+        match read {
+            Read::Narrow => self.bind_as(call, name, view, vector),
+            Read::Wide => self.bind_element(call, name, view, Element::F16Pairs, 16),
+            Read::Words => self.bind_element(call, name, view, Element::F16Words, 16),
+        }
+    }
+
     fn bind_scaling(&self, call: &mut Call, scaling: &Scaling) -> f32 {
         if let Some(scale) = &scaling.scale {
             call.constant("SCALE", 1);
@@ -377,9 +444,7 @@ impl Lowering<'_> {
         let mut tiles = vec![self.thread_tile(product)];
         if self.is_cooperative(product) {
             tiles.push(rule);
-            if product.m > 16 && product.n > 16 {
-                tiles.extend(self.large_tiles(product));
-            }
+            tiles.extend(self.cooperative_tiles(product));
         } else if product.m > 16 && product.n > 16 {
             tiles.extend(THREADS.into_iter().filter(|tile| suits(tile, product)));
         }
@@ -396,14 +461,20 @@ impl Lowering<'_> {
     }
 
     /// Tiles on cooperative matrices that the product can run in.
-    fn large_tiles(&self, product: &Product) -> Vec<Tile> {
-        let mut tiles = Vec::new();
-        for (bm, bn, bk, down, across) in LARGE {
-            for stage in [Stage::Double, Stage::Ahead, Stage::Plain] {
-                let tile = Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage } };
-                if tile.fits(self.facts.workgroup_bytes) && suits(&tile, product) {
-                    tiles.push(tile);
-                }
+    fn cooperative_tiles(&self, product: &Product) -> Vec<Tile> {
+        let thin = product.m <= 64 || product.n <= 64;
+        let mut tiles: Vec<Tile> = Vec::new();
+        for (bm, bn, bk, down, across, stages) in COOPERATIVE {
+            // Thin tiles are for thin products, and the other way round.
+            if (bm.min(bn) < 64) != thin && (bm, bn) != (64, 64) {
+                continue;
+            }
+            for &stage in stages {
+                let tile = |read| Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage, read } };
+                let usable = |tile: &Tile| tile.fits(self.facts.workgroup_bytes) && suits(tile, product);
+                let all = (bm, bn, bk) == (128, 128, 32) && across == 2;
+                let reads = [Read::Wide, Read::Words, Read::Narrow].map(tile);
+                tiles.extend(reads.into_iter().filter(usable).take(if all { 3 } else { 1 }));
             }
         }
         tiles
@@ -469,7 +540,7 @@ impl Lowering<'_> {
             && product.m > 64
             && product.n > 64
             && large.count(product) * 10 >= self.facts.workgroups as usize * 6
-            && self.facts.workgroup_bytes >= 46 << 10
+            && self.facts.workgroup_bytes >= 26 << 10
         {
             large
         } else {
