@@ -10,7 +10,7 @@
 # attention-phases candidates     experiments of `wgsl_probe`
 # BIN is the example `wgsl`, TUNE the program, PROBE the example `wgsl_probe`; python3 with torch, transformers and peft. What
 # is printed goes to LOG too, line by line.
-set -u
+set -uo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-target/release/examples/wgsl}
 TUNE=${TUNE:-target/release/tune}
