@@ -182,27 +182,27 @@ const fn subgroups(bm: usize, bn: usize, bk: usize, down: usize, across: usize) 
     Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage: Stage::Plain, read: Read::Narrow } }
 }
 
-/// Rows, columns, depth of a step, subgroups down and across, and how they are staged: what is measured on cooperative
-/// matrices. Two tiles of depth 32 take so much workgroup memory that fewer workgroups run (`bench/LOG-wgsl.md`).
-const COOPERATIVE: [(usize, usize, usize, usize, usize, &[Stage]); 17] = [
-    (128, 128, 32, 2, 2, &[Stage::Plain, Stage::Ahead]),
-    (128, 128, 16, 2, 2, &[Stage::Plain, Stage::Double]),
-    (128, 128, 64, 2, 2, &[Stage::Plain]),
-    (128, 128, 32, 2, 4, &[Stage::Double]),
-    (128, 256, 32, 2, 4, &[Stage::Plain, Stage::Ahead]),
-    (128, 256, 16, 2, 4, &[Stage::Double]),
-    (256, 128, 32, 4, 2, &[Stage::Plain, Stage::Ahead]),
-    (64, 128, 32, 1, 2, &[Stage::Plain]),
-    (64, 128, 32, 2, 2, &[Stage::Ahead]),
-    (64, 64, 32, 2, 2, &[Stage::Plain, Stage::Ahead]),
-    (64, 64, 64, 2, 2, &[Stage::Plain, Stage::Ahead]),
+/// Tiles on cooperative matrices that are measured, and how each is staged. Two tiles of depth 32 take so much workgroup
+/// memory that fewer workgroups run (`bench/LOG-wgsl.md`).
+const COOPERATIVE: [(Tile, &[Stage]); 17] = [
+    (subgroups(128, 128, 32, 2, 2), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(128, 128, 16, 2, 2), &[Stage::Plain, Stage::Double]),
+    (subgroups(128, 128, 64, 2, 2), &[Stage::Plain]),
+    (subgroups(128, 128, 32, 2, 4), &[Stage::Double]),
+    (subgroups(128, 256, 32, 2, 4), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(128, 256, 16, 2, 4), &[Stage::Double]),
+    (subgroups(256, 128, 32, 4, 2), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(64, 128, 32, 1, 2), &[Stage::Plain]),
+    (subgroups(64, 128, 32, 2, 2), &[Stage::Ahead]),
+    (subgroups(64, 64, 32, 2, 2), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(64, 64, 64, 2, 2), &[Stage::Plain, Stage::Ahead]),
     // Thin results of long sums: LoRA.
-    (32, 128, 64, 1, 4, &[Stage::Plain, Stage::Ahead]),
-    (128, 16, 64, 4, 1, &[Stage::Plain, Stage::Ahead]),
-    (64, 16, 64, 4, 1, &[Stage::Plain, Stage::Ahead]),
-    (16, 128, 64, 1, 4, &[Stage::Plain, Stage::Ahead]),
-    (128, 32, 64, 4, 1, &[Stage::Plain, Stage::Ahead]),
-    (128, 16, 32, 4, 1, &[Stage::Double]),
+    (subgroups(32, 128, 64, 1, 4), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(128, 16, 64, 4, 1), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(64, 16, 64, 4, 1), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(16, 128, 64, 1, 4), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(128, 32, 64, 4, 1), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(128, 16, 32, 4, 1), &[Stage::Double]),
 ];
 
 /// Thread tiles that are measured where there are no cooperative matrices.
@@ -295,7 +295,8 @@ fn suits(tile: &Tile, product: &Product) -> bool {
         let unit = if segments.rows { tile.bm } else { tile.bn };
         segments.starts.iter().all(|&start| start == u32::MAX as usize || start.is_multiple_of(unit))
     });
-    let by_eights = |view: &View| view.dtype == DType::F16 && view.stride % 8 == 0 && view.start % 8 == 0;
+    let by_eights =
+        |view: &View| view.dtype == DType::F16 && view.stride.is_multiple_of(8) && view.start.is_multiple_of(8);
     let wide = tile.divides(product)
         && by_eights(&product.a)
         && by_eights(&product.b)
@@ -464,16 +465,17 @@ impl Lowering<'_> {
     fn cooperative_tiles(&self, product: &Product) -> Vec<Tile> {
         let thin = product.m <= 64 || product.n <= 64;
         let mut tiles: Vec<Tile> = Vec::new();
-        for (bm, bn, bk, down, across, stages) in COOPERATIVE {
+        for (tile, stages) in COOPERATIVE {
+            let Share::Subgroups { down, across, .. } = tile.share else { continue };
             // Thin tiles are for thin products, and the other way round.
-            if (bm.min(bn) < 64) != thin && (bm, bn) != (64, 64) {
+            if (tile.bm.min(tile.bn) < 64) != thin && (tile.bm, tile.bn) != (64, 64) {
                 continue;
             }
+            let all = tile == subgroups(128, 128, 32, 2, 2);
             for &stage in stages {
-                let tile = |read| Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage, read } };
+                let reads = [Read::Wide, Read::Words, Read::Narrow]
+                    .map(|read| Tile { share: Share::Subgroups { down, across, stage, read }, ..tile });
                 let usable = |tile: &Tile| tile.fits(self.facts.workgroup_bytes) && suits(tile, product);
-                let all = (bm, bn, bk) == (128, 128, 32) && across == 2;
-                let reads = [Read::Wide, Read::Words, Read::Narrow].map(tile);
                 tiles.extend(reads.into_iter().filter(usable).take(if all { 3 } else { 1 }));
             }
         }
