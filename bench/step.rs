@@ -84,6 +84,9 @@ fn free_beside_context(target: &Target) -> anyhow::Result<u64> {
 }
 
 fn main() -> anyhow::Result<()> {
+    // RUST_LOG=tune=debug says what captured programs take, and which algorithms were chosen.
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, method, batch, sequence, steps, rest @ ..] = arguments.as_slice() else {
         bail!("usage: step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all] [profile]");
@@ -205,7 +208,7 @@ fn main() -> anyhow::Result<()> {
     let (mut times, mut losses) = (Vec::new(), Vec::new());
     let mut first_step = 0.0;
     // A very long step is not run more often than it is timed.
-    let warm = if steps < 3 { 1 } else { 3 };
+    let warm = if steps < 3 { 1 } else { steps.min(3) };
     for step in 0..steps + warm {
         let count = step as i32 + 1;
         let hyper = [2e-4f32, 1.0 - 0.9f32.powi(count), (1.0 - 0.999f32.powi(count)).sqrt(), 0.0];

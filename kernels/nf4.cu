@@ -84,31 +84,43 @@ extern "C" __global__ void nf4_quantize_scales(const float* scales, const float*
     if (threadIdx.x == 0) second_scales[blockIdx.x] = top;
 }
 
-// Columns [first_column, first_column + columns) of rows [first_row, first_row + gridDim.y) of a weight with
-// `row_length` columns, as bf16 rows of `columns`. All three column figures are multiples of 64.
-// One thread 8 values; grid: (ceil(columns / 8 / blockDim.x), rows).
-extern "C" __global__ void nf4_dequantize(const u8* codes, const u8* scale_codes, const float* second_scales,
-                                          const float* offset, const float* table, bf16* to, i64 row_length,
-                                          i64 first_row, i64 first_column, int columns) {
-    // A table for each lane's bank: no conflicts whatever the codes.
+// Columns [first_column, first_column + columns) of rows [first_row, first_row + rows) of a weight with `row_length`
+// columns, as bf16 rows of `columns`. All three column figures are multiples of 64.
+// One thread 8 values in each of 8 rows, four rows' loads in flight; grid: (ceil(columns / 8 / blockDim.x), ceil(rows / 8)).
+extern "C" __global__ void __launch_bounds__(128)
+    nf4_dequantize(const u8* codes, const u8* scale_codes, const float* second_scales, const float* offset,
+                   const float* table, bf16* to, i64 row_length, i64 first_row, i64 first_column, int columns, int rows) {
+    // Tables for each lane's bank: no conflicts whatever the codes.
     __shared__ float levels[16 * 32];
     for (int i = threadIdx.x; i < 512; i += blockDim.x) levels[i] = NF4_LEVELS[i >> 5];
     __syncthreads();
     int column = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (column >= columns) return;
     int lane = threadIdx.x & 31;
-    i64 element = (first_row + blockIdx.y) * row_length + first_column + column;
-    i64 block = element >> 6;
-    float scale = table[scale_codes[block]] * second_scales[block >> 8] + *offset;
-    u32 packed = *(const u32*)(codes + (element >> 1));
-    float x[8];
+    float mean = *offset;
+    for (int row = blockIdx.y * 8; row < min(rows, (int)blockIdx.y * 8 + 8); row += 4) {
+        u32 packed[4];
+        float scale[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 byte = packed >> (8 * i);
-        x[2 * i] = levels[((byte >> 4) & 15) * 32 + lane] * scale;
-        x[2 * i + 1] = levels[(byte & 15) * 32 + lane] * scale;
+        for (int r = 0; r < 4; r++) {
+            // Past the last row the last is read again.
+            i64 element = (first_row + min(row + r, rows - 1)) * row_length + first_column + column;
+            i64 block = element >> 6;
+            packed[r] = *(const u32*)(codes + (element >> 1));
+            scale[r] = table[scale_codes[block]] * second_scales[block >> 8] + mean;
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            float x[8];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 byte = packed[r] >> (8 * i);
+                x[2 * i] = levels[((byte >> 4) & 15) * 32 + lane] * scale[r];
+                x[2 * i + 1] = levels[(byte & 15) * 32 + lane] * scale[r];
+            }
+            if (row + r < rows) store<8>(to + (i64)(row + r) * columns + column, x);
+        }
     }
-    store<8>(to + (i64)blockIdx.y * columns + column, x);
 }
 
 // Any shape, one value a thread: whole rows [first_row, ...) of the weight, `elements` in all.

@@ -11,7 +11,7 @@ use tiny::{TOKENS, lora, session, step};
 use tune::backend::cpu::{CpuSession, Dead, Layout, Options};
 use tune::backend::{Session, read_values};
 use tune::model::{Method, Recompute};
-use tune::program::{Access, Kind, Op};
+use tune::program::{Access, Kind, Op, Role};
 
 /// Counts allocations that no message or list would make.
 struct Counting;
@@ -57,7 +57,14 @@ fn results(session: &mut CpuSession, steps: usize) -> Vec<(String, Vec<u32>)> {
 
 fn for_each_workload(check: impl Fn(&Method, Recompute)) {
     for method in [lora(), Method::Full] {
-        for recompute in [Recompute::None, Recompute::Cheap, Recompute::All, Recompute::Offload] {
+        for recompute in [
+            Recompute::None,
+            Recompute::Cheap,
+            Recompute::All,
+            Recompute::Offload,
+            Recompute::AllButAttention,
+            Recompute::OffloadWithAttention,
+        ] {
             check(&method, recompute);
         }
     }
@@ -108,8 +115,11 @@ fn nothing_large_is_allocated_after_the_first_step() {
 #[test]
 fn copies_to_the_host_and_back_are_waited_for() {
     let _alone = ALONE.lock();
-    for method in [lora(), Method::Full] {
-        let session = session(&method, Recompute::Offload, Options::default());
+    let cases = [lora(), Method::Full].into_iter().flat_map(|method| {
+        [(method.clone(), Recompute::Offload, 1), (method, Recompute::OffloadWithAttention, 2)]
+    });
+    for (method, recompute, tensors) in cases {
+        let session = session(&method, recompute, Options::default());
         let workload = &session.plan().workload;
         let mut copies = 0;
         for program in &workload.programs {
@@ -132,6 +142,10 @@ fn copies_to_the_host_and_back_are_waited_for() {
                 }
             }
         }
-        assert!(copies > 0, "nothing is copied");
+        let hosts = workload.of_kind(Kind::Offload);
+        let kept = hosts.filter(|(_, buffer)| buffer.name.contains("layers.0.")).count();
+        let micros = workload.programs.iter().filter(|program| program.role == Role::Micro).count();
+        assert_eq!(kept, tensors * micros);
+        assert_eq!(copies, 2 * workload.of_kind(Kind::Offload).count());
     }
 }

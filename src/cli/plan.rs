@@ -57,6 +57,7 @@ struct Answer {
     host_optimizer: bool,
     half_gradients: bool,
     mlp_chunks: usize,
+    kept_attention: bool,
     partly_recomputed_layers: usize,
     /// Of an update of the mean length, from the target's rates.
     estimated_step_seconds: f64,
@@ -123,6 +124,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         host_optimizer: chosen.host_optimizer,
         half_gradients: chosen.half_gradients,
         mlp_chunks: chosen.mlp_chunks,
+        kept_attention: chosen.kept_attention,
         partly_recomputed_layers: chosen.cheap_layers.saturating_sub(chosen.recomputed_layers),
         estimated_step_seconds: seconds,
         estimated_run_seconds: seconds * prepared.steps as f64,
@@ -209,6 +211,9 @@ fn print(answer: &Answer) {
     }
     if answer.mlp_chunks > 1 {
         println!("MLPs work through the largest micro-batch in {} chunks", answer.mlp_chunks);
+    }
+    if answer.kept_attention {
+        println!("attention is not computed again");
     }
     if answer.half_gradients {
         println!("gradients are summed in bf16");

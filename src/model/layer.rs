@@ -51,9 +51,26 @@ pub(super) struct Saved {
     mlp: Vec<Mlp>,
     recompute: Recompute,
     /// The layer's input in the host's memory.
-    offloaded: Option<BufferId>,
+    input: Offloaded,
+    /// The output of attention there.
+    attention_output: Offloaded,
+}
+
+/// A tensor that waits in the host's memory.
+#[derive(Clone, Copy, Default)]
+struct Offloaded {
+    host: Option<BufferId>,
     /// Where it is on its way back to.
     returning: Option<BufferId>,
+}
+
+/// What attention gave the first time.
+#[derive(Clone, Copy)]
+struct Attended {
+    output: BufferId,
+    log_sum_exp: BufferId,
+    /// Where the output comes from, if it is on its way.
+    host: Option<BufferId>,
 }
 
 /// The MLP of some tokens.
@@ -164,9 +181,9 @@ impl Graph<'_> {
     /// asks for it.
     pub fn layer(&mut self, layer: usize, stream: Stream, keys: Keys, pass: Pass) -> (Stream, Saved) {
         let training = pass != Pass::Inference;
-        let mut saved = self.attention_block(layer, stream, keys, pass);
+        let mut saved = self.attention_block(layer, stream, keys, pass, None);
         let tokens = self.rows(saved.norm2.output);
-        let most = if training && saved.recompute < Recompute::All { tokens } else { self.mlp_tokens };
+        let most = if training && !saved.recompute.runs_again() { tokens } else { self.mlp_tokens };
         let name = format!("layers.{layer}.mlp.down");
         let delta = self.activation(&name, tokens, self.config.hidden_size);
         let mut first = 0;
@@ -178,6 +195,9 @@ impl Graph<'_> {
             let down = self.linear_to(output, &name, glu, modules.down, training);
             saved.mlp.push(Mlp { first, tokens: count, gate_up, glu, down });
             first += count;
+        }
+        if let Some(host) = saved.attention_output.host {
+            self.wait(&format!("layers.{layer}.attn.offload.wait"), saved.attention, host);
         }
         (Stream { residual: saved.norm2.sum, delta: Some(delta) }, saved)
     }
@@ -203,28 +223,62 @@ impl Graph<'_> {
         (gate_up, glu)
     }
 
-    /// The layer up to the MLP's norm.
-    fn attention_block(&mut self, layer: usize, stream: Stream, keys: Keys, pass: Pass) -> Saved {
+    /// The layer up to the MLP's norm. `attended`: what attention gave the first time, where that was kept.
+    fn attention_block(
+        &mut self,
+        layer: usize,
+        stream: Stream,
+        keys: Keys,
+        pass: Pass,
+        attended: Option<Attended>,
+    ) -> Saved {
         let training = pass != Pass::Inference;
         let recompute = if let Pass::Training(recompute) = pass { recompute } else { Recompute::None };
         let name = format!("layers.{layer}");
         let modules = LayerModules::new(self.config, layer);
-        let shape = self.attention_shape(layer);
         let norm1 = self.norm(&format!("{name}.norm1"), &names::input_norm(layer), stream);
         // On its way to the host while attention runs, through which the input lives anyway.
-        let offloaded = (recompute == Recompute::Offload).then(|| self.offload(layer, norm1.sum));
+        let host = recompute.offloads().then(|| self.offload(layer, "input", norm1.sum));
+        let input = Offloaded { host, returning: None };
         let qkv = self.linear(&format!("{name}.attn.qkv"), norm1.output, modules.qkv, training);
         self.rope(&format!("{name}.attn.rope"), qkv.output, keys.positions(), Direction::Forward);
-        let tokens = self.rows(norm1.output);
-        let attention = self.activation(&format!("{name}.attn"), tokens, shape.query_columns());
+        let (attention, log_sum_exp) = match attended {
+            Some(Attended { output, log_sum_exp, host }) => {
+                if let Some(host) = host {
+                    self.wait(&format!("{name}.attn.bring_back.wait"), output, host);
+                }
+                (output, log_sum_exp)
+            }
+            None => self.attention(layer, qkv.output, keys),
+        };
+        // On its way to the host while the MLP runs.
+        let away = recompute.offloads() && recompute.keeps_attention();
+        let host = away.then(|| self.offload(layer, "attn", attention));
+        let attention_output = Offloaded { host, returning: None };
+        let output = self.linear(&format!("{name}.attn.out"), attention, modules.output, training);
+        let middle = Stream { residual: norm1.sum, delta: Some(output.output) };
+        let norm2 = self.norm(&format!("{name}.norm2"), &names::post_attention_norm(layer), middle);
+        if let Some(host) = input.host {
+            self.wait(&format!("{name}.offload.wait"), norm1.sum, host);
+        }
+        let mlp = Vec::new();
+        Saved { norm1, qkv, attention, log_sum_exp, output, norm2, mlp, recompute, input, attention_output }
+    }
+
+    /// Attention over the projected queries, keys and values: output and logarithms of the sums.
+    fn attention(&mut self, layer: usize, qkv: BufferId, keys: Keys) -> (BufferId, BufferId) {
+        let name = format!("layers.{layer}");
+        let shape = self.attention_shape(layer);
+        let tokens = self.rows(qkv);
+        let output = self.activation(&format!("{name}.attn"), tokens, shape.query_columns());
         let log_sum_exp =
             self.builder.activation(&format!("{name}.attn.log_sum_exp"), &[tokens, shape.heads], DType::F32);
         let op = match keys {
             Keys::Documents(inputs) => Op::Attention {
-                qkv: qkv.output,
+                qkv,
                 document_start: inputs.document_start,
                 document_end: inputs.document_end,
-                output: attention,
+                output,
                 log_sum_exp,
                 shape,
             },
@@ -234,49 +288,48 @@ impl Graph<'_> {
                     self.builder.persistent(&format!("{name}.cache.{part}"), &size, self.compute, Kind::Cache)
                 };
                 let (cache_key, cache_value) = (cache("key"), cache("value"));
-                Op::CachedAttention { qkv: qkv.output, cache_key, cache_value, start, output: attention, shape }
+                Op::CachedAttention { qkv, cache_key, cache_value, start, output, shape }
             }
         };
         self.builder.push(&format!("{name}.attn"), op);
-        let output = self.linear(&format!("{name}.attn.out"), attention, modules.output, training);
-        let middle = Stream { residual: norm1.sum, delta: Some(output.output) };
-        let norm2 = self.norm(&format!("{name}.norm2"), &names::post_attention_norm(layer), middle);
-        if let Some(offloaded) = offloaded {
-            self.wait(&format!("{name}.offload.wait"), norm1.sum, offloaded);
-        }
-        Saved {
-            norm1,
-            qkv,
-            attention,
-            log_sum_exp,
-            output,
-            norm2,
-            mlp: Vec::new(),
-            recompute,
-            offloaded,
-            returning: None,
-        }
+        (output, log_sum_exp)
     }
 
-    /// Starts sending the input of a layer to the host's memory.
-    fn offload(&mut self, layer: usize, input: BufferId) -> BufferId {
-        let (tokens, hidden) = (self.rows(input), self.config.hidden_size);
-        let name = format!("micro.{tokens}:layers.{layer}.input");
-        let offloaded = self.builder.persistent(&name, &[tokens, hidden], self.compute, Kind::Offload);
-        self.builder.push(&format!("layers.{layer}.offload"), Op::Cast { pairs: vec![(input, offloaded)] });
-        offloaded
+    /// Starts sending a tensor of a layer to the host's memory.
+    fn offload(&mut self, layer: usize, part: &str, tensor: BufferId) -> BufferId {
+        let (tokens, columns) = (self.rows(tensor), self.builder.buffer(tensor).columns());
+        let name = format!("micro.{tokens}:layers.{layer}.{part}");
+        let host = self.builder.persistent(&name, &[tokens, columns], self.compute, Kind::Offload);
+        self.builder.push(&format!("layers.{layer}.{part}.offload"), Op::Cast { pairs: vec![(tensor, host)] });
+        host
     }
 
     fn wait(&mut self, name: &str, device: BufferId, host: BufferId) {
         self.builder.push(name, Op::Wait { buffers: vec![device, host] });
     }
 
-    /// Starts bringing it back.
-    fn bring_back(&mut self, layer: usize, offloaded: BufferId) -> BufferId {
-        let (tokens, hidden) = (self.rows(offloaded), self.config.hidden_size);
-        let input = self.activation(&format!("layers.{layer}.input.again"), tokens, hidden);
-        self.builder.push(&format!("layers.{layer}.bring_back"), Op::Cast { pairs: vec![(offloaded, input)] });
-        input
+    /// Where a tensor that was kept lies on the device, and in the host's memory if it is on its way from there: it starts
+    /// now if it has not before.
+    fn arriving(
+        &mut self,
+        layer: usize,
+        part: &str,
+        offloaded: Offloaded,
+        kept: BufferId,
+    ) -> (BufferId, Option<BufferId>) {
+        match (offloaded.host, offloaded.returning) {
+            (None, _) => (kept, None),
+            (Some(host), Some(returning)) => (returning, Some(host)),
+            (Some(host), None) => (self.bring_back(layer, part, host), Some(host)),
+        }
+    }
+
+    /// Starts bringing a tensor of a layer back.
+    fn bring_back(&mut self, layer: usize, part: &str, host: BufferId) -> BufferId {
+        let (tokens, columns) = (self.rows(host), self.builder.buffer(host).columns());
+        let tensor = self.activation(&format!("layers.{layer}.{part}.again"), tokens, columns);
+        self.builder.push(&format!("layers.{layer}.{part}.bring_back"), Op::Cast { pairs: vec![(host, tensor)] });
+        tensor
     }
 
     fn glu(&mut self, name: &str, gate_up: BufferId) -> BufferId {
@@ -287,8 +340,8 @@ impl Graph<'_> {
     }
 
     /// The layer's backward pass: from the gradient of its stream (the same for residual and delta) to that of the
-    /// stream it was given, or none when `need_input` is false. `before`: the layer before, whose input starts on its way
-    /// back from the host.
+    /// stream it was given, or none when `need_input` is false. `before`: the layer before, of which what waits on the host
+    /// starts on its way back.
     pub fn layer_backward(
         &mut self,
         layer: usize,
@@ -312,24 +365,27 @@ impl Graph<'_> {
                     part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);
                 }
             }
-            Recompute::All | Recompute::Offload => {
-                let residual = match saved.offloaded {
-                    Some(offloaded) => {
-                        let input = saved.returning.unwrap_or_else(|| self.bring_back(layer, offloaded));
-                        self.wait(&format!("{name}.bring_back.wait"), input, offloaded);
-                        input
-                    }
-                    None => saved.norm1.sum,
-                };
+            Recompute::All
+            | Recompute::Offload
+            | Recompute::AllButAttention
+            | Recompute::OffloadWithAttention => {
+                let (residual, host) = self.arriving(layer, "input", saved.input, saved.norm1.sum);
+                let attended = recompute.keeps_attention().then(|| {
+                    let (output, host) = self.arriving(layer, "attn", saved.attention_output, saved.attention);
+                    Attended { output, log_sum_exp: saved.log_sum_exp, host }
+                });
+                if let Some(host) = host {
+                    self.wait(&format!("{name}.input.bring_back.wait"), residual, host);
+                }
                 let stream = Stream { residual, delta: None };
-                saved = self.attention_block(layer, stream, Keys::Documents(inputs), Pass::Again);
+                saved = self.attention_block(layer, stream, Keys::Documents(inputs), Pass::Again, attended);
             }
         }
         let shape = self.attention_shape(layer);
         let tokens = self.rows(saved.norm2.output);
         let grad_norm2 = self.activation(&format!("{name}.mlp.gate_up.grad_input"), tokens, self.config.hidden_size);
         for mut part in mlp {
-            if recompute >= Recompute::All {
+            if recompute.runs_again() {
                 (part.gate_up, part.glu) = self.gate_up(layer, saved.norm2.output, part.first, part.tokens, true);
             }
             let grad_output = self.part(gradient, part.first, part.tokens);
@@ -350,10 +406,10 @@ impl Graph<'_> {
         let weight = names::post_attention_norm(layer);
         let grad_x2 = self.norm_backward(&format!("{name}.norm2"), &weight, saved.norm2, grad_norm2, Some(gradient));
         // The wide buffers of the gated product are gone, attention takes a while.
-        if let Some(before) = before
-            && let Some(offloaded) = before.offloaded
-        {
-            before.returning = Some(self.bring_back(layer - 1, offloaded));
+        if let Some(before) = before {
+            for (part, tensor) in [("input", &mut before.input), ("attn", &mut before.attention_output)] {
+                tensor.returning = tensor.host.map(|host| self.bring_back(layer - 1, part, host));
+            }
         }
         let grad_attention = self.linear_backward(&saved.output, saved.attention, grad_x2, true).expect("asked for");
         let grad_qkv = self.activation(&format!("{name}.attn.grad_qkv"), tokens, shape.columns());

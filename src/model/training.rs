@@ -27,6 +27,25 @@ pub enum Recompute {
     All,
     /// Only the layer's input is kept, in the host's memory.
     Offload,
+    /// The layer's input and attention's output are kept: over long rows attention takes most of the time.
+    AllButAttention,
+    /// The same, both in the host's memory.
+    OffloadWithAttention,
+}
+
+impl Recompute {
+    /// Whether the layer runs again before its backward pass.
+    pub fn runs_again(self) -> bool {
+        self >= Recompute::All
+    }
+
+    pub fn offloads(self) -> bool {
+        matches!(self, Recompute::Offload | Recompute::OffloadWithAttention)
+    }
+
+    pub fn keeps_attention(self) -> bool {
+        matches!(self, Recompute::AllButAttention | Recompute::OffloadWithAttention)
+    }
 }
 
 #[derive(Clone, Debug)]

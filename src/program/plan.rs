@@ -5,7 +5,7 @@
 //! Placement is greedy by size (Pisarchyk & Lee 2020, arXiv 2001.03288): the largest buffer first, each at the
 //! lowest free offset; when a segment is full, the next is opened.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::Serialize;
 
@@ -59,6 +59,8 @@ pub struct ProgramSummary {
     pub arena_bytes: u64,
     /// An estimate from the target's rates.
     pub estimated_seconds: f64,
+    /// What the program takes on the device once it is captured; 0 where it is not worth capturing.
+    pub graph_bytes: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +92,7 @@ pub struct Life {
 /// Lives of a program's transient buffers, in order of first use.
 pub fn lives(workload: &Workload, program: &Program) -> Vec<Life> {
     let mut order: Vec<Life> = Vec::new();
-    let mut index = std::collections::HashMap::new();
+    let mut index = HashMap::new();
     for (step, entry) in program.steps.iter().enumerate() {
         for (buffer, _) in entry.op.accesses() {
             let buffer = workload.whole(buffer);
@@ -177,8 +179,48 @@ pub fn fp8_sizes(workload: &Workload) -> Fp8Sizes {
     Fp8Sizes { operand: even(sizes.operand), weight: even(sizes.weight) }
 }
 
-/// Bytes a second over the bus between host and device, for estimates: PCIe 4.0 with 16 lanes.
-const BUS_BANDWIDTH: f64 = 24e9;
+/// Scratch of an engine that multiplies through libraries: unpacked weights, dropped-out inputs, partial sums, weights on
+/// their way in. Zero for other engines.
+pub fn scratch_bytes(workload: &Workload, target: &Target) -> u64 {
+    if !target.unpacks_weights() {
+        return 0;
+    }
+    let unpacked = |id: BufferId| matches!(workload.buffer(id).dtype, DType::Nf4 | DType::Int8);
+    let mut bytes = SCRATCH_LEAST;
+    for step in workload.programs.iter().flat_map(|program| &program.steps) {
+        let (whole, summed) = match &step.op {
+            Op::Linear { projections, .. } => {
+                let drops = |p: &super::Projection| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_some());
+                (projections.iter().any(|p| unpacked(p.weight) || drops(p)), 0)
+            }
+            Op::LinearBackward { projections, .. } => {
+                let drops = |p: &super::ProjectionBackward| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_some());
+                let biased = projections.iter().filter(|p| p.grad_bias.is_some());
+                let widest = biased.map(|p| p.grad_output.width).max().unwrap_or(0);
+                (projections.iter().any(|p| unpacked(p.weight) || drops(p)), widest)
+            }
+            Op::RmsNormBackward { grad_weight: Some(weight), .. } => (false, workload.buffer(*weight).elements()),
+            _ => continue,
+        };
+        if whole {
+            return SCRATCH_MOST;
+        }
+        bytes = bytes.max((4 * PARTIAL_SUMS * summed) as u64);
+    }
+    bytes.min(SCRATCH_MOST)
+}
+
+const SCRATCH_LEAST: u64 = 8 << 20;
+const SCRATCH_MOST: u64 = 64 << 20;
+
+/// Rows of partial sums for the sums of columns.
+pub const PARTIAL_SUMS: usize = 128;
+
+/// Share of the memory's rate at which weights are unpacked: measured at 4096 tokens of an 8B model.
+const UNPACKING_SHARE: f64 = 0.6;
+
+/// What a copy beside other operations costs them, as a share of its own time: they share memory, and marks take a while.
+const COPY_BURDEN: f64 = 0.1;
 
 /// Lays `workload` out for `target`, all on the device but what is made to be offloaded.
 ///
@@ -230,17 +272,19 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
             bytes_moved: program.bytes_moved(&workload),
             arena_bytes: activations + workspace,
             estimated_seconds: estimate(&workload, program, &target),
+            graph_bytes: 0,
         });
     }
     let arena: u64 = segments.iter().sum();
     // What placement loses between buffers is counted as activations.
     let eight_bit = fp8_sizes(&workload);
     let products = if eight_bit == Fp8Sizes::default() { 0 } else { eight_bit.total() };
-    bytes.insert(Kind::Workspace.name(), worst.1 + target.library_workspace + products);
+    let scratch = scratch_bytes(&workload, &target);
+    bytes.insert(Kind::Workspace.name(), worst.1 + target.library_workspace + scratch + products);
     bytes.insert(Kind::Activation.name(), arena.saturating_sub(worst.1));
-    let operations: usize = workload.programs.iter().map(|program| program.steps.len()).sum();
     if target.graph_bytes > 0 {
-        bytes.insert("graphs", operations as u64 * target.graph_bytes);
+        capture(&workload, &target, &mut programs);
+        bytes.insert("graphs", programs.iter().map(|program| program.graph_bytes).sum());
     }
     let peak_bytes = bytes.values().sum();
     if let Some(available) = target.memory
@@ -252,29 +296,98 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
     Ok(Plan { workload, target, placements, segments, host, summary })
 }
 
-/// Seconds that a program should take: each operation the longer of its arithmetic and its memory traffic.
+/// Operations that may be in captured programs whatever they take: about five launches each.
+const CAPTURED: usize = 2400;
+
+/// Seconds of an operation whose launches the host prepares in as much time.
+const SHORT_OPERATION: f64 = 75e-6;
+
+/// Decides which programs are worth capturing, which takes memory on the device for every operation: always while there
+/// are few, and then where operations are so short that the host could not keep up with them.
+fn capture(workload: &Workload, target: &Target, programs: &mut [ProgramSummary]) {
+    let mut captured = 0;
+    for (program, summary) in workload.programs.iter().zip(programs) {
+        let operations = program.steps.len();
+        let short = summary.estimated_seconds < SHORT_OPERATION * operations as f64;
+        if captured + operations > CAPTURED && !short {
+            continue;
+        }
+        captured += operations;
+        summary.graph_bytes = program.steps.iter().map(|step| captured_bytes(workload, &step.op, target)).sum();
+    }
+}
+
+/// What an operation takes on the device in a captured program.
+fn captured_bytes(workload: &Workload, op: &Op, target: &Target) -> u64 {
+    let adapted = match op {
+        Op::Linear { projections, .. } => projections.iter().any(|p| p.lora.is_some()),
+        Op::LinearBackward { projections, .. } => projections.iter().any(|p| p.lora.is_some()),
+        _ => false,
+    };
+    let seconds = op.flops(workload) as f64 / target.rates.flops;
+    if adapted && target.branches_beside(seconds) { target.graph_branch_bytes } else { target.graph_bytes }
+}
+
+/// Seconds that a program should take: each operation the longer of its arithmetic and its memory traffic, and copies that
+/// run beside others as far as they are waited for.
 pub fn estimate(workload: &Workload, program: &Program, target: &Target) -> f64 {
-    program.steps.iter().map(|step| estimate_op(workload, &step.op, target)).sum()
+    let (mut now, mut bus_free) = (0.0f64, 0.0f64);
+    let mut arrivals: HashMap<BufferId, f64> = HashMap::new();
+    for step in &program.steps {
+        now += estimate_op(workload, &step.op, target);
+        match &step.op {
+            Op::Cast { pairs } if target.copies_beside() => {
+                for &(from, to) in pairs {
+                    let Some(id) = [from, to].into_iter().find(|id| workload.buffer(*id).kind == Kind::Offload) else {
+                        continue;
+                    };
+                    let seconds = workload.buffer(id).bytes() as f64 / target.bus_bandwidth;
+                    bus_free = bus_free.max(now) + seconds;
+                    arrivals.insert(id, bus_free);
+                    now += COPY_BURDEN * seconds;
+                }
+            }
+            Op::Wait { buffers } => {
+                now = buffers.iter().filter_map(|id| arrivals.get(id)).fold(now, |now, &arrival| now.max(arrival));
+            }
+            _ => {}
+        }
+    }
+    now
 }
 
 /// Seconds that an operation should take on the target: the longer of arithmetic and memory traffic.
 pub fn estimate_op(workload: &Workload, op: &Op, target: &Target) -> f64 {
-    let attention = matches!(op, Op::Attention { .. } | Op::AttentionBackward { .. } | Op::CachedAttention { .. });
-    let rate = if attention { target.rates.attention_flops } else { target.rates.flops };
+    let rate = match op {
+        Op::Attention { .. } | Op::CachedAttention { .. } => target.rates.attention_flops,
+        Op::AttentionBackward { .. } => 0.75 * target.rates.attention_flops,
+        _ => target.rates.flops,
+    };
     let eight_bit = target.fp8_flops.map_or(0, |_| op.fp8_flops(workload));
     let arithmetic =
         (op.flops(workload) - eight_bit) as f64 / rate + eight_bit as f64 / target.fp8_flops.unwrap_or(rate);
     let memory = op.bytes_moved(workload) as f64 / target.rates.bandwidth;
-    // A copy that runs beside other operations is taken to hide behind them.
-    let bus = if matches!(op, Op::Cast { .. }) && target.copies_beside() {
+    // A copy that runs beside other operations is waited for elsewhere.
+    let beside = matches!(op, Op::Cast { .. }) && target.copies_beside() || matches!(op, Op::Wait { .. });
+    let bus = if beside {
         0.0
     } else {
         let accesses = op.accesses().into_iter();
         let offloaded = accesses.filter(|(id, _)| workload.buffer(*id).kind == Kind::Offload);
-        offloaded.map(|(id, _)| workload.buffer(id).bytes()).sum::<u64>() as f64 / BUS_BANDWIDTH
+        offloaded.map(|(id, _)| workload.buffer(id).bytes()).sum::<u64>() as f64 / target.bus_bandwidth
     };
     let on_device = if target.overlaps_memory() { arithmetic.max(memory) } else { arithmetic + memory };
-    on_device.max(bus) + unpacking(workload, op, target) + target.rates.per_op
+    on_device.max(bus).max(head_passes(workload, op, target)) + unpacking(workload, op, target) + target.rates.per_op
+}
+
+/// Seconds in which the chunks of a head only read its weight, each chunk anew.
+fn head_passes(workload: &Workload, op: &Op, target: &Target) -> f64 {
+    let Op::LinearCrossEntropy { input, weight, grad_input, grad_weight, logits, .. } = op else { return 0.0 };
+    let bytes = |id: BufferId| workload.buffer(id).bytes();
+    let chunks = workload.buffer(*input).rows().div_ceil(workload.buffer(*logits).rows().max(1));
+    let reads = bytes(*weight) * (1 + u64::from(grad_input.is_some()));
+    let sums = grad_weight.map_or(0, |id| 2 * bytes(id));
+    chunks as f64 * (reads + sums) as f64 / target.rates.bandwidth
 }
 
 /// Seconds in which an engine that multiplies unpacked weights only unpacks those of an operation: the same for few tokens
@@ -290,7 +403,7 @@ fn unpacking(workload: &Workload, op: &Op, target: &Target) -> f64 {
         .map(|id| workload.buffer(id))
         .filter(|buffer| matches!(buffer.dtype, DType::Nf4 | DType::Int8));
     let bytes: u64 = quantized.map(|buffer| buffer.bytes() + target.compute.bytes(&buffer.shape)).sum();
-    if target.unpacks_weights() { bytes as f64 / target.rates.bandwidth } else { 0.0 }
+    if target.unpacks_weights() { bytes as f64 / (UNPACKING_SHARE * target.rates.bandwidth) } else { 0.0 }
 }
 
 fn aligned(bytes: u64, alignment: u64) -> u64 {

@@ -9,7 +9,7 @@ use super::DType;
 pub struct Rates {
     /// Matrix products, floating-point operations per second.
     pub flops: f64,
-    /// Attention, floating-point operations per second.
+    /// Attention forward, floating-point operations per second; backward it is taken to reach three quarters of that.
     pub attention_flops: f64,
     /// Device memory, bytes per second.
     pub bandwidth: f64,
@@ -49,6 +49,10 @@ pub struct Target {
     pub library_workspace: u64,
     /// What an operation of a program takes on the device once the program is captured, bytes.
     pub graph_bytes: u64,
+    /// The same for an operation whose small products run beside the large one, bytes.
+    pub graph_branch_bytes: u64,
+    /// Between device and host, bytes per second.
+    pub bus_bandwidth: f64,
     /// Most bytes that the logits of one head chunk may take.
     pub logits_bytes: u64,
     /// Most tokens that go through an MLP at once where its values are computed again for the backward pass.
@@ -77,6 +81,11 @@ impl Target {
     /// Whether products take quantized weights only unpacked: a pass over them in each operation.
     pub fn unpacks_weights(&self) -> bool {
         self.engine == "cuda"
+    }
+
+    /// Whether the small products of a LoRA branch run beside products that take so many seconds.
+    pub fn branches_beside(&self, seconds: f64) -> bool {
+        self.engine == "cuda" && seconds < 0.13e-3
     }
 
     /// Whether arithmetic goes on while memory is waited for. A CPU's products first convert the weights, then compute.

@@ -78,6 +78,9 @@ pub struct PlanChoice {
     /// Parts that MLPs cut the largest micro-batch into.
     #[serde(default)]
     pub mlp_chunks: usize,
+    /// Whether recomputed layers keep attention's output too.
+    #[serde(default)]
+    pub kept_attention: bool,
 }
 
 /// Name of a checkpoint's folder.

@@ -42,6 +42,22 @@ struct Stage {
     half_gradients: bool,
     /// Parts that MLPs cut the largest micro-batch into.
     mlp_chunks: usize,
+    kept_attention: bool,
+}
+
+/// From fast to lean.
+struct Stages {
+    list: Vec<Stage>,
+    /// How many of them only compute values again. The others work as the route says and move more and more to the host.
+    plain: usize,
+}
+
+/// How a plan works where computing everything again is not enough.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Route {
+    mlp_chunks: usize,
+    small_head: bool,
+    kept_attention: bool,
 }
 
 impl Stage {
@@ -55,6 +71,7 @@ impl Stage {
             small_head: choice.small_head,
             half_gradients: choice.half_gradients,
             mlp_chunks: choice.mlp_chunks,
+            kept_attention: choice.kept_attention,
         }
     }
 }
@@ -150,9 +167,8 @@ impl Search<'_> {
 
     /// From fastest to leanest: first the embedding goes to the host and the gradients of trained matrices are summed in
     /// bf16 (as the weights are held, which costs digits and no time), then more and more layers give up the cheap values
-    /// and then all, then MLPs work through the tokens in chunks, then the head works in small chunks, then inputs of
-    /// layers wait on the host, at last the optimizer's states do.
-    fn stages(&self, top: usize) -> Vec<Stage> {
+    /// and then all, then the plan goes its route and inputs of layers wait on the host, at last the optimizer's states do.
+    fn stages(&self, route: Route) -> Stages {
         let layers = self.config.layers;
         let host = self.target.reaches_host();
         let first = match self.recompute {
@@ -176,15 +192,15 @@ impl Search<'_> {
             (1..=layers).for_each(|cheap| then(&|stage| stage.cheap = cheap));
             (1..=layers).for_each(|all| then(&|stage| stage.all = all));
         }
-        let chunks = |tokens: usize| (1..6).map(|power| 1 << power).take_while(move |parts| top / parts >= tokens);
-        if self.chunks_mlp() {
-            // So many tokens fill the card, and weights are unpacked a few times more.
-            chunks(4096).for_each(|parts| then(&|stage| stage.mlp_chunks = parts));
-        }
-        then(&|stage| stage.small_head = true);
-        if self.chunks_mlp() {
-            chunks(2048).last().into_iter().for_each(|parts| then(&|stage| stage.mlp_chunks = parts));
-        }
+        let plain = stages.len();
+        let mut then = |change: &dyn Fn(&mut Stage)| {
+            let mut stage = stages[stages.len() - 1];
+            (stage.mlp_chunks, stage.small_head) = (route.mlp_chunks, route.small_head);
+            stage.kept_attention = route.kept_attention;
+            change(&mut stage);
+            stages.push(stage);
+        };
+        then(&|_| {});
         if self.recompute == RecomputeChoice::Auto && host {
             // The last layer's input is wanted at once.
             (1..layers).for_each(|offloaded| then(&|stage| stage.offloaded = offloaded));
@@ -192,57 +208,105 @@ impl Search<'_> {
         if host && self.host_optimizer.is_none() {
             then(&|stage| stage.host_optimizer = true);
         }
-        stages
+        Stages { list: stages, plain }
+    }
+
+    /// MLPs work through the tokens in chunks, which shortens products and unpacks weights anew for each; the head works in
+    /// small chunks, each a pass over its weight; attention's output is kept, which takes as much memory as the inputs.
+    fn routes(&self, top: usize) -> Vec<Route> {
+        let mut chunks = vec![0];
+        if self.chunks_mlp() {
+            // So many tokens fill the card.
+            chunks.extend((1..6).map(|power| 1 << power).take_while(|parts| top / parts >= 2048));
+        }
+        let mut routes = Vec::new();
+        for mlp_chunks in chunks {
+            let route = Route { mlp_chunks, ..Route::default() };
+            routes.push(route);
+            if self.recompute == RecomputeChoice::Auto && self.target.reaches_host() {
+                routes.push(Route { kept_attention: true, ..route });
+            }
+            routes.push(Route { small_head: true, ..route });
+        }
+        routes
+    }
+
+    /// Of the routes on which the largest micro-batch fits, the fastest by the estimate; the leanest where it fits on none.
+    fn route(&self, top: usize) -> Result<Route, PlanningError> {
+        let routes = self.routes(top);
+        let mut best: Option<(f64, Route)> = None;
+        for alike in routes.chunk_by(|a, b| a.mlp_chunks == b.mlp_chunks) {
+            let before = best;
+            for &route in alike {
+                let Stages { list, plain } = self.stages(route);
+                let Some((plan, _)) = self.first_that_fits(&[top], &list, plain)? else { continue };
+                let time = plan.summary.programs.iter().map(|program| program.estimated_seconds).sum::<f64>();
+                if best.is_none_or(|(least, _)| time < least) {
+                    best = Some((time, route));
+                }
+            }
+            // Smaller chunks would be slower still.
+            if before.is_some() && before == best {
+                break;
+            }
+        }
+        Ok(best.map(|(_, route)| route).or(routes.last().copied()).unwrap_or_default())
+    }
+
+    /// The plan of the first stage from `from` on with which these sizes fit, with its index; none where even the last does
+    /// not. Memory falls along the stages.
+    fn first_that_fits(
+        &self,
+        sizes: &[usize],
+        stages: &[Stage],
+        from: usize,
+    ) -> Result<Option<(Plan, usize)>, PlanningError> {
+        let fitting = |index: usize| match self.build(sizes, stages[index]) {
+            Ok(plan) => Ok(Some(plan)),
+            Err(PlanningError::Plan(_)) => Ok(None),
+            Err(other) => Err(other),
+        };
+        if let Some(plan) = fitting(from)? {
+            return Ok(Some((plan, from)));
+        }
+        let (mut low, mut high) = (from, stages.len() - 1);
+        let mut found = match fitting(high)? {
+            Some(plan) if high > low => plan,
+            _ => return Ok(None),
+        };
+        while low + 1 < high {
+            let middle = usize::midpoint(low, high);
+            match fitting(middle)? {
+                Some(plan) => (found, high) = (plan, middle),
+                None => low = middle,
+            }
+        }
+        Ok(Some((found, high)))
     }
 
     fn with_top(&self, top: usize) -> Result<(Plan, PlanChoice), PlanningError> {
         let mut sizes: Vec<usize> = self.target.micro_sizes.iter().copied().filter(|&size| size < top).collect();
         sizes.push(top);
-        let stages = self.stages(top);
-        // Memory falls along the stages: find the first that fits. The largest micro-batch decides, for all programs share
-        // the arena.
-        let (mut low, mut high) = (0, stages.len() - 1);
-        let build = |index: usize| self.build(&[top], stages[index]);
-        match build(0) {
-            Ok(_) => high = 0,
-            Err(PlanningError::Plan(_)) => {}
-            Err(other) => return Err(other),
-        }
-        while low + 1 < high {
-            let middle = usize::midpoint(low, high);
-            match build(middle) {
-                Ok(_) => high = middle,
-                Err(PlanningError::Plan(_)) => low = middle,
-                Err(other) => return Err(other),
+        // The largest micro-batch decides, for all programs share the arena.
+        let Stages { list, plain } = self.stages(Route::default());
+        let (stages, from) = match self.first_that_fits(&[top], &list[..plain], 0)? {
+            Some((_, index)) => (list, index),
+            None => {
+                let Stages { list, plain } = self.stages(self.route(top)?);
+                let index = self.first_that_fits(&[top], &list, plain)?.map_or(list.len() - 1, |(_, index)| index);
+                (list, index)
             }
-        }
+        };
         // The smaller ones add their inputs, and what captured programs take; at the end there are fewer of them.
         loop {
-            let (mut low, mut high) = (high, stages.len() - 1);
-            match self.build(&sizes, stages[low]) {
-                Err(PlanningError::Plan(_)) if low < high => {}
-                Err(PlanningError::Plan(_)) if sizes.len() > 1 => {
-                    sizes = every_second(&sizes);
-                    continue;
-                }
-                outcome => return Ok((outcome?, self.choice(sizes, stages[low]))),
+            if let Some((plan, index)) = self.first_that_fits(&sizes, &stages, from)? {
+                return Ok((plan, self.choice(sizes, stages[index])));
             }
-            let mut found = match self.build(&sizes, stages[high]) {
-                Err(PlanningError::Plan(_)) if sizes.len() > 1 => {
-                    sizes = every_second(&sizes);
-                    continue;
-                }
-                outcome => outcome?,
-            };
-            while low + 1 < high {
-                let middle = usize::midpoint(low, high);
-                match self.build(&sizes, stages[middle]) {
-                    Ok(plan) => (found, high) = (plan, middle),
-                    Err(PlanningError::Plan(_)) => low = middle,
-                    Err(other) => return Err(other),
-                }
+            if sizes.len() == 1 {
+                let last = stages[stages.len() - 1];
+                return Ok((self.build(&sizes, last)?, self.choice(sizes, last)));
             }
-            return Ok((found, self.choice(sizes, stages[high])));
+            sizes = every_second(&sizes);
         }
     }
 
@@ -258,6 +322,7 @@ impl Search<'_> {
             small_head: stage.small_head,
             half_gradients: stage.half_gradients,
             mlp_chunks: stage.mlp_chunks,
+            kept_attention: stage.kept_attention,
         }
     }
 
@@ -266,7 +331,9 @@ impl Search<'_> {
         options.sizes = sizes.to_vec();
         options.recompute = (0..self.config.layers)
             .map(|layer| match layer {
+                _ if layer < stage.offloaded && stage.kept_attention => Recompute::OffloadWithAttention,
                 _ if layer < stage.offloaded => Recompute::Offload,
+                _ if layer < stage.all && stage.kept_attention => Recompute::AllButAttention,
                 _ if layer < stage.all => Recompute::All,
                 _ if layer < stage.cheap => Recompute::Cheap,
                 _ => Recompute::None,
@@ -301,7 +368,7 @@ impl Search<'_> {
         let leanest = |search: &Search<'_>| {
             let sizes = &search.target.micro_sizes;
             let top = sizes.iter().copied().find(|&size| size >= search.longest_row).unwrap_or(search.longest_row);
-            let stages = search.stages(top);
+            let stages = search.stages(search.routes(top).last().copied().unwrap_or_default()).list;
             search.build(&[top], stages[stages.len() - 1]).is_ok()
         };
         let cuda = self.target.engine == "cuda";

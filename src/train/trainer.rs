@@ -211,6 +211,7 @@ fn plan_event(plan: &Plan, choice: &checkpoint::PlanChoice, prepared: &Prepared)
         (all, _) => format!("{all} of {layers} layers are computed again"),
     };
     for (moved, what) in [
+        (choice.kept_attention, "but for attention".into()),
         (choice.offloaded_layers > 0, format!("inputs of {} layers wait in host memory", choice.offloaded_layers)),
         (choice.host_embedding, "the embedding is left in host memory".into()),
         (choice.host_optimizer, "optimizer states are kept in host memory".into()),

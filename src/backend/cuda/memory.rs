@@ -9,11 +9,8 @@ use std::sync::Arc;
 use super::driver::{Card, DeviceMemory, PinnedMemory, failed, zero};
 use super::product::Matrix;
 use crate::backend::EngineError;
-use crate::program::plan::{Fp8Sizes, fp8_sizes};
+use crate::program::plan::{Fp8Sizes, fp8_sizes, scratch_bytes};
 use crate::program::{Access, Buffer, BufferId, Columns, DType, Kind, Op, Placement, Plan, Workload};
-
-/// Scratch of the engine: unpacked weights, dropped-out inputs, partial sums, weights on their way in.
-pub(super) const SCRATCH_BYTES: u64 = 64 << 20;
 
 const ALIGNMENT: u64 = 256;
 
@@ -96,6 +93,7 @@ pub(super) struct Memory {
     segments: Vec<DeviceMemory>,
     /// Buffers that the plan leaves on the host, each with its memory.
     host: HashMap<BufferId, PinnedMemory>,
+    /// Unpacked weights, dropped-out inputs, partial sums, weights on their way in.
     pub scratch: DeviceMemory,
 }
 
@@ -137,7 +135,7 @@ impl Memory {
         for (index, &bytes) in plan.segments.iter().enumerate() {
             segments.push(DeviceMemory::new(card, bytes, &format!("arena segment {index}"))?);
         }
-        let scratch = DeviceMemory::new(card, SCRATCH_BYTES, "scratch")?;
+        let scratch = DeviceMemory::new(card, scratch_bytes(workload, &plan.target), "scratch")?;
         let mut host = HashMap::new();
         for &id in &plan.host {
             let bytes = stored_bytes(workload.buffer(id), stored[id.index()]);

@@ -14,11 +14,8 @@ use super::weights::{Loader, read_buffer, write_buffer};
 use crate::backend::{EngineError, Session, WeightSource};
 use crate::program::{BufferId, Kind, Plan};
 
-/// Commands that may be in graphs whatever they take.
-const GRAPH_COMMANDS: usize = 12_000;
-
-/// Seconds of a launch that the host can prepare in as much time.
-const SHORT_LAUNCH: f64 = 15e-6;
+/// Bytes that captured programs may take over what the plan has for them.
+const GRAPH_SLACK: u64 = 64 << 20;
 
 /// How a program runs next.
 enum Replay {
@@ -35,8 +32,8 @@ pub struct CudaSession {
     /// Launches by program and step.
     programs: Vec<Vec<Vec<Command>>>,
     kept: Vec<DeviceMemory>,
-    /// Commands in graphs.
-    captured: usize,
+    /// What captured programs take on the card, as measured.
+    captured: Vec<u64>,
     products: Products,
     kernels: Kernels,
     memory: Memory,
@@ -90,15 +87,15 @@ impl CudaSession {
         }
         card.synchronize()?;
         let replays = plan.workload.programs.iter().map(|_| Replay::First).collect();
-        Ok(Self { replays, programs, kept, captured: 0, products, kernels, memory, tables, plan, card })
+        Ok(Self { replays, programs, kept, captured: Vec::new(), products, kernels, memory, tables, plan, card })
     }
 
-    /// Whether a program is worth a graph, which takes memory on the card for every launch in it: always while there are
-    /// few, and then where launches are so short that the host could not keep up with them.
-    fn is_worth_a_graph(&self, program: usize) -> bool {
-        let commands: usize = self.programs[program].iter().map(Vec::len).sum();
-        let seconds = self.plan.summary.programs.get(program).map_or(0.0, |summary| summary.estimated_seconds);
-        self.captured + commands <= GRAPH_COMMANDS || seconds / (commands.max(1) as f64) < SHORT_LAUNCH
+    /// Whether a program becomes a graph: where the plan has memory for it, as long as those before kept to it.
+    fn becomes_graph(&self, program: usize) -> bool {
+        let summary = &self.plan.summary;
+        let planned = summary.bytes.get("graphs").copied().unwrap_or(0) + GRAPH_SLACK;
+        let next = self.captured.iter().copied().max().unwrap_or(0);
+        summary.programs[program].graph_bytes > 0 && self.captured.iter().sum::<u64>() + next <= planned
     }
 
     fn launch(&self, program: usize, steps: Range<usize>) -> Result<(), EngineError> {
@@ -208,11 +205,21 @@ impl Session for CudaSession {
                 Ok(())
             }
             Replay::Warm if steps.is_empty() => Ok(()),
-            Replay::Warm if !self.is_worth_a_graph(program) => self.launch(program, steps),
+            Replay::Warm if !self.becomes_graph(program) => self.launch(program, steps),
             Replay::Warm => {
+                let (before, _) = self.card.memory()?;
                 let graph = Graph::capture(&self.card, || self.launch(program, steps))?;
                 graph.launch()?;
-                self.captured += self.programs[program].iter().map(Vec::len).sum::<usize>();
+                let (after, _) = self.card.memory()?;
+                let taken = before.saturating_sub(after);
+                let launches: usize = self.programs[program].iter().map(Vec::len).sum();
+                let (planned, name) = (&self.plan.summary.programs[program], &self.plan.workload.programs[program].name);
+                tracing::debug!(
+                    "captured {name}: {launches} launches take {:.1} MiB, planned {:.1}",
+                    taken as f64 / f64::from(1 << 20),
+                    planned.graph_bytes as f64 / f64::from(1 << 20)
+                );
+                self.captured.push(taken);
                 self.replays[program] = Replay::Captured(graph);
                 Ok(())
             }

@@ -2,7 +2,6 @@
 
 use super::driver::SIDES;
 use super::driver::{CardFacts, unsupported};
-use super::memory::SCRATCH_BYTES;
 use super::product::{SIDE_WORKSPACE_BYTES, WORKSPACE_BYTES};
 use crate::backend::EngineError;
 use crate::program::{DType, Rates, Target};
@@ -20,13 +19,19 @@ pub struct KnownCard {
     pub bandwidth_tbs: f64,
     /// Whether it multiplies 8-bit floats: from Ada and Hopper on.
     pub fp8: bool,
+    /// Between card and host, GB/s: measured on the H100 (PCIe 5.0 with 16 lanes), half of it for PCIe 4.0.
+    pub bus_gbs: f64,
 }
 
 /// Products of 8-bit floats over those of bf16, measured on the H100 (1,318 and 750 TFLOP/s).
 const FP8_SPEEDUP: f64 = 1.757;
 
 const fn card(name: &'static str, memory_gib: f64, matrix_tflops: f64, bandwidth_tbs: f64) -> KnownCard {
-    KnownCard { name, memory_gib, matrix_tflops, bandwidth_tbs, fp8: true }
+    KnownCard { name, memory_gib, matrix_tflops, bandwidth_tbs, fp8: true, bus_gbs: 24.0 }
+}
+
+const fn fifth_bus(card: KnownCard) -> KnownCard {
+    KnownCard { bus_gbs: 48.0, ..card }
 }
 
 const fn ampere(name: &'static str, memory_gib: f64, matrix_tflops: f64, bandwidth_tbs: f64) -> KnownCard {
@@ -35,10 +40,10 @@ const fn ampere(name: &'static str, memory_gib: f64, matrix_tflops: f64, bandwid
 
 /// Cards by name; a more specific name comes before one that it contains.
 pub const KNOWN_CARDS: &[KnownCard] = &[
-    card("H200", 140.4, 750.0, 4.3),
-    card("H100 PCIe", 79.6, 570.0, 1.8),
-    card("H100", 79.6, 750.0, 2.99),
-    card("B200", 179.0, 1700.0, 7.0),
+    fifth_bus(card("H200", 140.4, 750.0, 4.3)),
+    fifth_bus(card("H100 PCIe", 79.6, 570.0, 1.8)),
+    fifth_bus(card("H100", 79.6, 750.0, 2.99)),
+    fifth_bus(card("B200", 179.0, 1700.0, 7.0)),
     ampere("A100-SXM4-80GB", 79.3, 240.0, 1.8),
     ampere("A100-SXM4-40GB", 39.6, 240.0, 1.4),
     ampere("A100", 79.3, 240.0, 1.7),
@@ -46,10 +51,10 @@ pub const KNOWN_CARDS: &[KnownCard] = &[
     card("L4", 22.0, 90.0, 0.27),
     ampere("A10", 22.1, 95.0, 0.54),
     ampere("A6000", 47.5, 120.0, 0.69),
-    card("RTX 5090", 31.4, 160.0, 1.6),
-    card("RTX 5080", 15.5, 85.0, 0.86),
-    card("RTX 5070 Ti", 15.5, 66.0, 0.8),
-    card("RTX 5070", 11.6, 46.0, 0.6),
+    fifth_bus(card("RTX 5090", 31.4, 160.0, 1.6)),
+    fifth_bus(card("RTX 5080", 15.5, 85.0, 0.86)),
+    fifth_bus(card("RTX 5070 Ti", 15.5, 66.0, 0.8)),
+    fifth_bus(card("RTX 5070", 11.6, 46.0, 0.6)),
     card("RTX 4090", 23.5, 125.0, 0.9),
     card("RTX 4080", 15.6, 74.0, 0.65),
     card("RTX 4070", 11.6, 44.0, 0.45),
@@ -63,9 +68,13 @@ pub const KNOWN_CARDS: &[KnownCard] = &[
 /// Bytes that driver and context take on the card beside what the engine allocates, roughly.
 const CONTEXT_BYTES: u64 = 600 << 20;
 
-/// What the driver takes for an operation of a captured program, roughly: with 13 to 15 programs of short rows it was 11 KB
-/// on a model of 8B and 20 KB on one of 135M, whose products spread over more streams.
-const GRAPH_BYTES: u64 = 16 << 10;
+/// What the driver takes for an operation of a captured program that is a straight line: full fine-tuning of 135M took
+/// less than 8 MiB for 550 operations.
+const GRAPH_BYTES: u64 = 8 << 10;
+
+/// The same for an operation that spreads over streams: fifteen programs of 135M with LoRA took 28 MiB each, with 240 such
+/// operations in a program.
+const GRAPH_BRANCH_BYTES: u64 = 108 << 10;
 
 impl KnownCard {
     /// The card that a name means, as the driver or a user writes it.
@@ -77,7 +86,7 @@ impl KnownCard {
     /// A target for this card with nothing else on it.
     pub fn target(&self) -> Target {
         let memory = (self.memory_gib * f64::from(1 << 30)) as u64 - CONTEXT_BYTES;
-        describe(self.name.to_string(), memory, self.matrix_tflops, self.bandwidth_tbs, self.fp8)
+        describe(self.name.to_string(), memory, self.matrix_tflops, self.bandwidth_tbs, self.fp8, self.bus_gbs)
     }
 }
 
@@ -95,14 +104,16 @@ pub fn target(ordinal: usize) -> Result<Target, EngineError> {
     let (free, _) = super::driver::Card::open(ordinal)?.memory()?;
     // An unknown card: by its size, on the safe side.
     let multiprocessors = f64::from(facts.multiprocessors);
-    let (tflops, bandwidth) = KnownCard::named(&facts.name)
-        .map_or((multiprocessors * 0.8, multiprocessors * 0.006), |card| (card.matrix_tflops, card.bandwidth_tbs));
+    let (tflops, bandwidth, bus) = KnownCard::named(&facts.name)
+        .map_or((multiprocessors * 0.8, multiprocessors * 0.006, 24.0), |card| {
+            (card.matrix_tflops, card.bandwidth_tbs, card.bus_gbs)
+        });
     // What was free may not be used to the last byte: the driver takes some for kernels as they are loaded.
     let fp8 = facts.capability >= (8, 9);
-    Ok(describe(facts.name.clone(), free.saturating_sub(150 << 20), tflops, bandwidth, fp8))
+    Ok(describe(facts.name.clone(), free.saturating_sub(150 << 20), tflops, bandwidth, fp8, bus))
 }
 
-fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, fp8: bool) -> Target {
+fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, fp8: bool, bus_gbs: f64) -> Target {
     Target {
         name,
         engine: super::ENGINE,
@@ -116,13 +127,15 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
         micro_sizes: (2..=16).map(|tiles| 128 * tiles).chain([2560, 3072, 4096, 8192, 16384, 32768]).collect(),
         rates: Rates {
             flops: matrix_tflops * 1e12,
-            attention_flops: matrix_tflops * 0.45e12,
+            attention_flops: matrix_tflops * 0.65e12,
             bandwidth: bandwidth_tbs * 1e12,
             per_op: 3e-6,
         },
         fp8_flops: fp8.then_some(matrix_tflops * FP8_SPEEDUP * 1e12),
-        library_workspace: WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES + SCRATCH_BYTES + (8 << 20),
+        library_workspace: WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES + (8 << 20),
         graph_bytes: GRAPH_BYTES,
+        graph_branch_bytes: GRAPH_BRANCH_BYTES,
+        bus_bandwidth: bus_gbs * 1e9,
         logits_bytes: 256 << 20,
         mlp_tokens: usize::MAX,
     }

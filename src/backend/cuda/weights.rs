@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::command::{Launch, Slot, arguments};
 use super::compile::Kernels;
 use super::driver::{Card, Event, PinnedMemory, failed, read, unsupported, write};
-use super::memory::{Memory, Nf4Parts, SCRATCH_BYTES};
+use super::memory::{Memory, Nf4Parts};
 use super::tables::Tables;
 use crate::backend::{EngineError, Tensor, WeightSource};
 use crate::program::{BufferId, DType, Kind, Workload};
@@ -91,10 +91,11 @@ impl<'a> Loader<'a> {
         let elements: usize = tensor.shape.iter().product();
         let element_bytes = tensor.dtype.bytes(&[1]) as usize;
         // Whole blocks of any quantization in every chunk.
-        let chunk_elements = STAGE_BYTES / element_bytes;
+        let scratch = self.memory.scratch.bytes;
+        let chunk_elements = STAGE_BYTES.min(scratch as usize) / element_bytes;
         let arrival = self.memory.scratch.pointer;
         let scales = arrival + STAGE_BYTES as u64;
-        if stored == DType::Nf4 && 4 * elements.div_ceil(64) as u64 > SCRATCH_BYTES - STAGE_BYTES as u64 {
+        if stored == DType::Nf4 && 4 * elements.div_ceil(64) as u64 > scratch.saturating_sub(STAGE_BYTES as u64) {
             return Err(unsupported(format!("{name} in 4 bits: {elements} elements are too many for one tensor")));
         }
         for (index, chunk) in tensor.bytes.chunks(chunk_elements * element_bytes).enumerate() {

@@ -6,7 +6,7 @@ use super::{Lowering, row_threads, vector};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::{Command, arguments};
 use crate::backend::cuda::driver::{Event, Lane, unsupported};
-use crate::backend::cuda::memory::SCRATCH_BYTES;
+use crate::program::plan::PARTIAL_SUMS;
 use crate::program::{Activation, BufferId, DType, Direction, Kind, Op};
 
 /// Elements of a piece in the kernels of `cast.cu`.
@@ -208,7 +208,7 @@ impl Lowering<'_> {
         let Some(grad_weight) = grad_weight else {
             return Ok(());
         };
-        let (chunks, rows_per_chunk) = row_chunks(rows, columns);
+        let (chunks, rows_per_chunk) = row_chunks(self.memory.scratch.bytes, rows, columns);
         let scratch = self.memory.scratch.pointer;
         let arguments = arguments![
             pointers[0],
@@ -237,7 +237,7 @@ impl Lowering<'_> {
         result: BufferId,
     ) -> Result<(), EngineError> {
         self.expect("the gradient of a bias", &[result], DType::F32)?;
-        let (chunks, rows_per_chunk) = row_chunks(matrix.rows, matrix.columns);
+        let (chunks, rows_per_chunk) = row_chunks(self.memory.scratch.bytes, matrix.rows, matrix.columns);
         let arguments = arguments![
             matrix.pointer,
             matrix.stride as i64,
@@ -314,8 +314,8 @@ pub(super) fn push_pieces(pieces: &mut Vec<u32>, part: u32, elements: usize, pie
 }
 
 /// Chunks of rows for partial column sums, and the rows of each.
-fn row_chunks(rows: usize, columns: usize) -> (usize, usize) {
-    let most = (SCRATCH_BYTES as usize / (4 * columns.max(1))).clamp(1, 128);
+fn row_chunks(scratch: u64, rows: usize, columns: usize) -> (usize, usize) {
+    let most = (scratch as usize / (4 * columns.max(1))).clamp(1, PARTIAL_SUMS);
     let per_chunk = rows.div_ceil(most).max(16);
     (rows.div_ceil(per_chunk).max(1), per_chunk)
 }

@@ -8,7 +8,6 @@ use super::{Lowering, fp8};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::driver::{Lane, unsupported};
-use crate::backend::cuda::memory::SCRATCH_BYTES;
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Projection, ProjectionBackward};
 
@@ -209,7 +208,7 @@ impl Lowering<'_> {
     /// `middle = drop(x) · aᵀ`, in chunks of rows that fit the scratch.
     fn dropped_middle(&mut self, x: Matrix, lora: &Lora, dropout: Dropout) -> Result<(), EngineError> {
         let (a, middle) = (self.matrix(lora.a), self.columns(lora.middle));
-        for (first, rows) in row_chunks(x) {
+        for (first, rows) in self.row_chunks(x) {
             let dropped = self.dropped(x, first, rows, dropout)?;
             self.product(Product {
                 left: dropped,
@@ -369,7 +368,7 @@ impl Lowering<'_> {
         for (index, (weights, grad_output)) in groups.into_iter().enumerate() {
             let columns = grad_input.columns;
             let whole = !columns.is_multiple_of(64);
-            let fitting = SCRATCH_BYTES as usize / (2 * grad_output.columns);
+            let fitting = self.memory.scratch.bytes as usize / (2 * grad_output.columns);
             if whole && fitting < columns {
                 return Err(unsupported(format!("4-bit weights with rows of {columns}, not a multiple of 64")));
             }
@@ -483,7 +482,7 @@ impl Lowering<'_> {
         dropout: Dropout,
     ) -> Result<(), EngineError> {
         let (a, grad_a, grad_middle) = (self.matrix(lora.a), self.matrix(lora.grad_a), self.columns(lora.grad_middle));
-        for (first, rows) in row_chunks(x) {
+        for (first, rows) in self.row_chunks(x) {
             let grad_middle = grad_middle.slice_rows(first, rows);
             let dropped = self.dropped(x, first, rows, dropout)?;
             self.product(Product {
@@ -527,6 +526,11 @@ impl Lowering<'_> {
             )?;
         }
         Ok(())
+    }
+
+    /// Chunks of rows of a bf16 matrix that fit the scratch: (first, rows).
+    fn row_chunks(&self, matrix: Matrix) -> Vec<(usize, usize)> {
+        blocks(matrix.rows, self.memory.scratch.bytes as usize / (2 * matrix.columns), 64)
     }
 
     fn all_fp8(&self, weights: &[BufferId]) -> bool {
@@ -573,10 +577,6 @@ pub(super) fn forward_product(x: Matrix, weight: Matrix, output: Matrix, accumul
     }
 }
 
-/// Chunks of rows of a bf16 matrix that fit the scratch: (first, rows).
-fn row_chunks(matrix: Matrix) -> Vec<(usize, usize)> {
-    blocks(matrix.rows, SCRATCH_BYTES as usize / (2 * matrix.columns), 64)
-}
 
 /// Cuts `total` into as few blocks of at most `most` as go, evenly, at multiples of `unit` where they fit.
 pub(super) fn blocks(total: usize, most: usize, unit: usize) -> Vec<(usize, usize)> {

@@ -5,9 +5,12 @@ use super::linear::{blocks, forward_product};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::driver::unsupported;
-use crate::backend::cuda::memory::{Nf4Parts, SCRATCH_BYTES};
+use crate::backend::cuda::memory::Nf4Parts;
 use crate::backend::cuda::product::{Matrix, Product};
 use crate::program::{BufferId, DType};
+
+/// Rows that a block of `nf4_dequantize` works through.
+const ROWS_OF_BLOCK: usize = 8;
 
 impl Lowering<'_> {
     /// Unpacks a block of a quantized weight to `to`.
@@ -33,8 +36,10 @@ impl Lowering<'_> {
                 first_row as i64,
                 first_column as i64,
                 columns as i32,
+                rows as i32,
             ];
-            return self.launch("nf4", "nf4_dequantize", [columns.div_ceil(8 * 128), rows, 1], 128, arguments);
+            let grid = [columns.div_ceil(8 * 128), rows.div_ceil(ROWS_OF_BLOCK), 1];
+            return self.launch("nf4", "nf4_dequantize", grid, 128, arguments);
         }
         if columns != length {
             return Err(unsupported(format!("4-bit weights with rows of {length}, not a multiple of 64")));
@@ -84,6 +89,6 @@ impl Lowering<'_> {
             let block = Matrix::new(scratch, DType::BF16, count, columns);
             (first, count, forward_product(x, block, output.slice_columns(first, count), accumulate))
         };
-        blocks(rows, SCRATCH_BYTES as usize / (2 * columns), 128).into_iter().map(part).collect()
+        blocks(rows, self.memory.scratch.bytes as usize / (2 * columns), 128).into_iter().map(part).collect()
     }
 }
