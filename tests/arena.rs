@@ -115,9 +115,9 @@ fn nothing_large_is_allocated_after_the_first_step() {
 #[test]
 fn copies_to_the_host_and_back_are_waited_for() {
     let _alone = ALONE.lock();
-    let cases = [lora(), Method::Full].into_iter().flat_map(|method| {
-        [(method.clone(), Recompute::Offload, 1), (method, Recompute::OffloadWithAttention, 2)]
-    });
+    let cases = [lora(), Method::Full]
+        .into_iter()
+        .flat_map(|method| [(method.clone(), Recompute::Offload, 1), (method, Recompute::OffloadWithAttention, 2)]);
     for (method, recompute, tensors) in cases {
         let session = session(&method, recompute, Options::default());
         let workload = &session.plan().workload;

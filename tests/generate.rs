@@ -74,6 +74,7 @@ fn adder(sizes: &[usize], capacity: usize) -> (Model, Runs) {
         graph_bytes: 0,
         graph_branch_bytes: 0,
         bus_bandwidth: 24e9,
+        host_memory: None,
         logits_bytes: 1 << 20,
         mlp_tokens: usize::MAX,
     };

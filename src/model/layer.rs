@@ -365,10 +365,7 @@ impl Graph<'_> {
                     part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);
                 }
             }
-            Recompute::All
-            | Recompute::Offload
-            | Recompute::AllButAttention
-            | Recompute::OffloadWithAttention => {
+            Recompute::All | Recompute::Offload | Recompute::AllButAttention | Recompute::OffloadWithAttention => {
                 let (residual, host) = self.arriving(layer, "input", saved.input, saved.norm1.sum);
                 let attended = recompute.keeps_attention().then(|| {
                     let (output, host) = self.arriving(layer, "attn", saved.attention_output, saved.attention);

@@ -53,6 +53,8 @@ pub struct Target {
     pub graph_branch_bytes: u64,
     /// Between device and host, bytes per second.
     pub bus_bandwidth: f64,
+    /// Bytes that layers may leave in the host's memory; none where it is not known.
+    pub host_memory: Option<u64>,
     /// Most bytes that the logits of one head chunk may take.
     pub logits_bytes: u64,
     /// Most tokens that go through an MLP at once where its values are computed again for the backward pass.

@@ -168,7 +168,7 @@ impl Search<'_> {
     /// From fastest to leanest: first the embedding goes to the host and the gradients of trained matrices are summed in
     /// bf16 (as the weights are held, which costs digits and no time), then more and more layers give up the cheap values
     /// and then all, then the plan goes its route and inputs of layers wait on the host, at last the optimizer's states do.
-    fn stages(&self, route: Route) -> Stages {
+    fn stages(&self, top: usize, route: Route) -> Stages {
         let layers = self.config.layers;
         let host = self.target.reaches_host();
         let first = match self.recompute {
@@ -202,8 +202,11 @@ impl Search<'_> {
         };
         then(&|_| {});
         if self.recompute == RecomputeChoice::Auto && host {
+            let tensors = 1 + usize::from(route.kept_attention);
+            let bytes = self.target.compute.bytes(&[tensors * top, self.config.hidden_size]).max(1);
+            let most = self.target.host_memory.map_or(layers, |memory| (memory / bytes) as usize);
             // The last layer's input is wanted at once.
-            (1..layers).for_each(|offloaded| then(&|stage| stage.offloaded = offloaded));
+            (1..layers.min(most + 1)).for_each(|offloaded| then(&|stage| stage.offloaded = offloaded));
         }
         if host && self.host_optimizer.is_none() {
             then(&|stage| stage.host_optimizer = true);
@@ -238,7 +241,7 @@ impl Search<'_> {
         for alike in routes.chunk_by(|a, b| a.mlp_chunks == b.mlp_chunks) {
             let before = best;
             for &route in alike {
-                let Stages { list, plain } = self.stages(route);
+                let Stages { list, plain } = self.stages(top, route);
                 let Some((plan, _)) = self.first_that_fits(&[top], &list, plain)? else { continue };
                 let time = plan.summary.programs.iter().map(|program| program.estimated_seconds).sum::<f64>();
                 if best.is_none_or(|(least, _)| time < least) {
@@ -288,11 +291,11 @@ impl Search<'_> {
         let mut sizes: Vec<usize> = self.target.micro_sizes.iter().copied().filter(|&size| size < top).collect();
         sizes.push(top);
         // The largest micro-batch decides, for all programs share the arena.
-        let Stages { list, plain } = self.stages(Route::default());
+        let Stages { list, plain } = self.stages(top, Route::default());
         let (stages, from) = match self.first_that_fits(&[top], &list[..plain], 0)? {
             Some((_, index)) => (list, index),
             None => {
-                let Stages { list, plain } = self.stages(self.route(top)?);
+                let Stages { list, plain } = self.stages(top, self.route(top)?);
                 let index = self.first_that_fits(&[top], &list, plain)?.map_or(list.len() - 1, |(_, index)| index);
                 (list, index)
             }
@@ -368,7 +371,7 @@ impl Search<'_> {
         let leanest = |search: &Search<'_>| {
             let sizes = &search.target.micro_sizes;
             let top = sizes.iter().copied().find(|&size| size >= search.longest_row).unwrap_or(search.longest_row);
-            let stages = search.stages(search.routes(top).last().copied().unwrap_or_default()).list;
+            let stages = search.stages(top, search.routes(top).last().copied().unwrap_or_default()).list;
             search.build(&[top], stages[stages.len() - 1]).is_ok()
         };
         let cuda = self.target.engine == "cuda";

@@ -90,6 +90,7 @@ pub fn target() -> Result<Target, EngineError> {
         graph_bytes: 0,
         graph_branch_bytes: 0,
         bus_bandwidth: 24e9,
+        host_memory: None,
         logits_bytes: 64 << 20,
         mlp_tokens: usize::MAX,
     })

@@ -213,7 +213,8 @@ impl Session for CudaSession {
                 let (after, _) = self.card.memory()?;
                 let taken = before.saturating_sub(after);
                 let launches: usize = self.programs[program].iter().map(Vec::len).sum();
-                let (planned, name) = (&self.plan.summary.programs[program], &self.plan.workload.programs[program].name);
+                let (planned, name) =
+                    (&self.plan.summary.programs[program], &self.plan.workload.programs[program].name);
                 tracing::debug!(
                     "captured {name}: {launches} launches take {:.1} MiB, planned {:.1}",
                     taken as f64 / f64::from(1 << 20),

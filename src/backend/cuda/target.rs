@@ -83,10 +83,12 @@ impl KnownCard {
         KNOWN_CARDS.iter().find(|card| name.contains(&card.name.to_lowercase()))
     }
 
-    /// A target for this card with nothing else on it.
+    /// A target for this card with nothing else on it, in a machine that has as much memory to spare, or 16 GiB.
     pub fn target(&self) -> Target {
         let memory = (self.memory_gib * f64::from(1 << 30)) as u64 - CONTEXT_BYTES;
-        describe(self.name.to_string(), memory, self.matrix_tflops, self.bandwidth_tbs, self.fp8, self.bus_gbs)
+        let target =
+            describe(self.name.to_string(), memory, self.matrix_tflops, self.bandwidth_tbs, self.fp8, self.bus_gbs);
+        Target { host_memory: Some(memory.max(16 << 30)), ..target }
     }
 }
 
@@ -110,7 +112,13 @@ pub fn target(ordinal: usize) -> Result<Target, EngineError> {
         });
     // What was free may not be used to the last byte: the driver takes some for kernels as they are loaded.
     let fp8 = facts.capability >= (8, 9);
-    Ok(describe(facts.name.clone(), free.saturating_sub(150 << 20), tflops, bandwidth, fp8, bus))
+    let target = describe(facts.name.clone(), free.saturating_sub(150 << 20), tflops, bandwidth, fp8, bus);
+    // The rest is for files on their way and for others.
+    let host_memory = sysinfo::System::new().ok().map(|mut system| {
+        system.refresh_memory();
+        system.available_memory() / 5 * 3
+    });
+    Ok(Target { host_memory, ..target })
 }
 
 fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, fp8: bool, bus_gbs: f64) -> Target {
@@ -136,6 +144,7 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
         graph_bytes: GRAPH_BYTES,
         graph_branch_bytes: GRAPH_BRANCH_BYTES,
         bus_bandwidth: bus_gbs * 1e9,
+        host_memory: None,
         logits_bytes: 256 << 20,
         mlp_tokens: usize::MAX,
     }

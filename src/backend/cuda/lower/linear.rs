@@ -577,7 +577,6 @@ pub(super) fn forward_product(x: Matrix, weight: Matrix, output: Matrix, accumul
     }
 }
 
-
 /// Cuts `total` into as few blocks of at most `most` as go, evenly, at multiples of `unit` where they fit.
 pub(super) fn blocks(total: usize, most: usize, unit: usize) -> Vec<(usize, usize)> {
     if total <= most {
