@@ -1,4 +1,5 @@
-//! Times training steps on a card: `step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all|free|GIB] [profile]`.
+//! Times training steps on a card: `step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all|free|GIB] [profile]`, or, as
+//! `step kernels`, every operation and kernel beside what the card does at most.
 //!
 //! `none`, `cheap` and `all` say what is recomputed; `free` lets the planner search, and a number gives it that many GiB.
 //! SEQUENCE `rows` takes rows of the lengths in bench/alpaca_lengths.json, BATCH of them an update, prompts masked.
@@ -6,6 +7,8 @@
 //! MODEL: 135m, 1b or 8b (Llama shapes, random weights: speed and memory do not depend on them); METHOD: lora, qlora, fp8
 //! (lora on weights in 8-bit floats) or full; `qlora@32` for another rank than 16. All linear layers, AdamW with 8-bit states, packed rows of full length, as the rivals are measured.
 //! Prints one line of JSON; with `profile`, milliseconds and floor by kind of operation before it.
+
+mod kernels;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,7 +20,7 @@ use tune::backend::{EngineError, Session, Tensor, WeightSource, cuda};
 use tune::data::{Row, pack};
 use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
 use tune::program::plan::{estimate_op, plan};
-use tune::program::{DType, Kind, Op, Plan, Role, Target, WorkloadBuilder, random};
+use tune::program::{BufferId, DType, Kind, Op, Plan, Role, Target, WorkloadBuilder, random};
 use tune::train::Stepper;
 use tune::train::planning::{RecomputeChoice, Search, update_tokens};
 
@@ -83,11 +86,43 @@ fn free_beside_context(target: &Target) -> anyhow::Result<u64> {
     Ok(session.card_memory()?.0 + session.allocated_bytes())
 }
 
+/// LoRA on all linear layers, on weights as stored or quantized, or full fine-tuning.
+fn method(kind: &str, rank: usize) -> anyhow::Result<Method> {
+    let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
+    let adapter = AdapterOptions { rank, targets, dropout: 0.0 };
+    Ok(match kind {
+        "lora" => Method::Lora { adapter, weights: None },
+        "qlora" => Method::Lora { adapter, weights: Some(DType::Nf4) },
+        "fp8" => Method::Lora { adapter, weights: Some(DType::Fp8) },
+        "full" => Method::Full,
+        _ => bail!("METHOD is lora, qlora, fp8 or full"),
+    })
+}
+
+/// One micro-batch size, everything kept.
+fn options(config: &ModelConfig, method: Method, tokens: usize) -> TrainingOptions {
+    TrainingOptions {
+        method,
+        sizes: vec![tokens],
+        evaluate: false,
+        recompute: vec![Recompute::None; config.layers],
+        betas: [0.9, 0.999],
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        max_grad_norm: 1.0,
+        eight_bit: true,
+        generation: None,
+    }
+}
+
 fn main() -> anyhow::Result<()> {
     // RUST_LOG=tune=debug says what captured programs take, and which algorithms were chosen.
     let filter = tracing_subscriber::EnvFilter::from_default_env();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments == ["kernels"] {
+        return kernels::run();
+    }
     let [model, method, batch, sequence, steps, rest @ ..] = arguments.as_slice() else {
         bail!("usage: step MODEL METHOD BATCH SEQUENCE STEPS [none|cheap|all] [profile]");
     };
@@ -106,31 +141,13 @@ fn main() -> anyhow::Result<()> {
     };
     let profile = rest.iter().any(|word| word == "profile");
     let config = config(model)?;
-    let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
     let (kind, rank) = method.split_once('@').unwrap_or((method, "16"));
-    let adapter = AdapterOptions { rank: rank.parse()?, targets, dropout: 0.0 };
-    let training = match kind {
-        "lora" => Method::Lora { adapter, weights: None },
-        "qlora" => Method::Lora { adapter, weights: Some(DType::Nf4) },
-        "fp8" => Method::Lora { adapter, weights: Some(DType::Fp8) },
-        "full" => Method::Full,
-        _ => bail!("METHOD is lora, qlora, fp8 or full"),
-    };
+    let training = self::method(kind, rank.parse()?)?;
     let rows = sequence == "rows";
     let sequence: usize = if rows { 0 } else { sequence.parse()? };
     let tokens = batch * sequence;
-    let options = TrainingOptions {
-        method: training,
-        sizes: vec![tokens],
-        evaluate: false,
-        recompute: vec![recompute; config.layers],
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
-        eight_bit: true,
-        generation: None,
-    };
+    let recompute = vec![recompute; config.layers];
+    let options = TrainingOptions { recompute, ..options(&config, training, tokens) };
     let target = cuda::target(0)?;
     let free = free_beside_context(&target)?;
     let noise = Arc::new(Noise::new(&config));
@@ -158,52 +175,11 @@ fn main() -> anyhow::Result<()> {
     let mut session = cuda::open(plan, noise, 0)?;
     let opened = begun.elapsed().as_secs_f64();
 
-    let find = |session: &cuda::CudaSession, name: &str| {
-        session.plan().workload.find(name).with_context(|| format!("no buffer {name}"))
-    };
+    let programs = set_up(&mut session, batch, sequence)?;
     let put = |session: &mut cuda::CudaSession, name: &str, bytes: &[u8]| -> anyhow::Result<()> {
         let id = find(session, name)?;
         Ok(session.write(id, bytes)?)
     };
-    let adapters: Vec<_> = session
-        .plan()
-        .workload
-        .of_kind(Kind::Adapter)
-        .filter(|(_, buffer)| buffer.dtype == DType::F32)
-        .map(|(id, buffer)| (id, buffer.elements(), buffer.name.contains("lora_A")))
-        .collect();
-    for (id, elements, is_a) in adapters {
-        let size = if is_a { 0.02 } else { 0.0 };
-        let values: Vec<f32> =
-            (0..elements).map(|i| ((random::mix(i as u32 ^ id.0) >> 8) as f32 / 8_388_608.0 - 1.0) * size).collect();
-        session.write(id, bytemuck::cast_slice(&values))?;
-    }
-    if let Some(refresh) = session.plan().workload.program("refresh") {
-        session.run(refresh)?;
-    }
-    let row = |t: usize| t / sequence * sequence;
-    let ids: Vec<i32> = (0..tokens).map(|t| (random::mix(t as u32) % 297 + 3) as i32).collect();
-    let values = |f: &dyn Fn(usize) -> i32| (0..tokens).map(f).collect::<Vec<i32>>();
-    let last = |t: usize| t + 1 == row(t) + sequence;
-    let parts = [
-        ("ids", ids.clone()),
-        ("positions", values(&|t| (t - row(t)) as i32)),
-        ("document_start", values(&|t| row(t) as i32)),
-        ("document_end", values(&|t| (row(t) + sequence) as i32)),
-        ("targets", values(&|t| if last(t) { -100 } else { ids[t + 1] })),
-    ];
-    for (part, values) in parts {
-        put(&mut session, &format!("inputs.{tokens}.{part}"), bytemuck::cast_slice(&values))?;
-    }
-    put(&mut session, &format!("inputs.{tokens}.token_weights"), bytemuck::cast_slice(&vec![1.0f32; tokens]))?;
-    put(&mut session, "loss_scale", bytemuck::cast_slice(&[1.0 / (tokens - batch) as f32]))?;
-    if method != "full" {
-        put(&mut session, "lora_scale", bytemuck::cast_slice(&[1.0f32]))?;
-    }
-    let programs: Vec<usize> = ["begin".to_string(), format!("micro.{tokens}"), "update".to_string()]
-        .iter()
-        .map(|name| session.plan().workload.program(name).with_context(|| format!("no program {name}")))
-        .collect::<Result<_, _>>()?;
     let loss_sum = find(&session, "loss_sum")?;
     let (mut times, mut losses) = (Vec::new(), Vec::new());
     let mut first_step = 0.0;
@@ -253,6 +229,58 @@ fn main() -> anyhow::Result<()> {
     });
     println!("RESULT {result}");
     Ok(())
+}
+
+fn find(session: &cuda::CudaSession, name: &str) -> anyhow::Result<BufferId> {
+    session.plan().workload.find(name).with_context(|| format!("no buffer {name}"))
+}
+
+/// Fills adapter, rows and scalars; gives the programs of an update in order.
+fn set_up(session: &mut cuda::CudaSession, batch: usize, sequence: usize) -> anyhow::Result<Vec<usize>> {
+    let tokens = batch * sequence;
+    let put = |session: &mut cuda::CudaSession, name: &str, bytes: &[u8]| -> anyhow::Result<()> {
+        let id = find(session, name)?;
+        Ok(session.write(id, bytes)?)
+    };
+    let adapters: Vec<_> = session
+        .plan()
+        .workload
+        .of_kind(Kind::Adapter)
+        .filter(|(_, buffer)| buffer.dtype == DType::F32)
+        .map(|(id, buffer)| (id, buffer.elements(), buffer.name.contains("lora_A")))
+        .collect();
+    for (id, elements, is_a) in adapters {
+        let size = if is_a { 0.02 } else { 0.0 };
+        let values: Vec<f32> =
+            (0..elements).map(|i| ((random::mix(i as u32 ^ id.0) >> 8) as f32 / 8_388_608.0 - 1.0) * size).collect();
+        session.write(id, bytemuck::cast_slice(&values))?;
+    }
+    if let Some(refresh) = session.plan().workload.program("refresh") {
+        session.run(refresh)?;
+    }
+    let row = |t: usize| t / sequence * sequence;
+    let ids: Vec<i32> = (0..tokens).map(|t| (random::mix(t as u32) % 297 + 3) as i32).collect();
+    let values = |f: &dyn Fn(usize) -> i32| (0..tokens).map(f).collect::<Vec<i32>>();
+    let last = |t: usize| t + 1 == row(t) + sequence;
+    let parts = [
+        ("ids", ids.clone()),
+        ("positions", values(&|t| (t - row(t)) as i32)),
+        ("document_start", values(&|t| row(t) as i32)),
+        ("document_end", values(&|t| (row(t) + sequence) as i32)),
+        ("targets", values(&|t| if last(t) { -100 } else { ids[t + 1] })),
+    ];
+    for (part, values) in parts {
+        put(session, &format!("inputs.{tokens}.{part}"), bytemuck::cast_slice(&values))?;
+    }
+    put(session, &format!("inputs.{tokens}.token_weights"), bytemuck::cast_slice(&vec![1.0f32; tokens]))?;
+    put(session, "loss_scale", bytemuck::cast_slice(&[1.0 / (tokens - batch) as f32]))?;
+    if session.plan().workload.find("lora_scale").is_some() {
+        put(session, "lora_scale", bytemuck::cast_slice(&[1.0f32]))?;
+    }
+    ["begin".to_string(), format!("micro.{tokens}"), "update".to_string()]
+        .iter()
+        .map(|name| session.plan().workload.program(name).with_context(|| format!("no program {name}")))
+        .collect()
 }
 
 /// The planner's choice, said in one line.

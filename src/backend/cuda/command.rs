@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::driver::{Card, During, Event, Lane, copy, zero};
 use super::product::{Matrix, Prepared, Products};
 use crate::backend::EngineError;
+use crate::program::DType;
 
 /// A kernel argument, where the driver finds it.
 #[derive(Clone)]
@@ -148,6 +149,30 @@ impl Command {
             Command::Copy { from, to, bytes, lane } => copy(card, *lane, *from, *to, *bytes),
             Command::Mark(event, lane) => event.record_on(*lane),
             Command::Hold(event, lane) => event.hold(*lane),
+        }
+    }
+
+    /// Runs it on the main stream, wherever it belongs; nothing else is on its way.
+    pub fn run_alone(&self, card: &Card, products: &Products) -> Result<(), EngineError> {
+        match self {
+            Command::Product(prepared, _) => products.launch(prepared, Lane::Main),
+            Command::Copy { from, to, bytes, .. } => copy(card, Lane::Main, *from, *to, *bytes),
+            Command::Mark(..) | Command::Hold(..) => Ok(()),
+            Command::Launch(_) | Command::Zero { .. } => self.run(card, products),
+        }
+    }
+
+    /// What it is, the arithmetic of a product, and whether that is in 8-bit floats; none of what only orders others.
+    pub fn describe(&self) -> Option<(String, u64, bool)> {
+        match self {
+            Command::Launch(launch) => Some((launch.entry.clone(), 0, false)),
+            Command::Product(prepared, _) => {
+                let product = &prepared.product;
+                Some((product.shape(), product.flops(), product.left.dtype == DType::Fp8))
+            }
+            Command::Zero { .. } => Some(("zero".into(), 0, false)),
+            Command::Copy { .. } => Some(("copy".into(), 0, false)),
+            Command::Mark(..) | Command::Hold(..) => None,
         }
     }
 }

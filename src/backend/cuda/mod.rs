@@ -4,6 +4,7 @@
 //! found and loaded by [`library`], kernels compiled for the card present by [`compile`] and kept.
 //! A session lowers every operation to launches when it opens, and then only replays them.
 
+mod ceilings;
 mod command;
 pub mod compile;
 mod doctor;
@@ -18,9 +19,10 @@ mod target;
 mod tuning;
 mod weights;
 
+pub use ceilings::{Ceilings, ceilings};
 pub use doctor::{Fix, doctor, fix};
 pub use driver::CardFacts;
-pub use session::CudaSession;
+pub use session::{CudaSession, TimedLaunch};
 pub use target::{KNOWN_CARDS, KnownCard, target};
 
 use std::path::PathBuf;

@@ -120,6 +120,14 @@ impl Product {
         2 * m as u64 * n as u64 * k as u64
     }
 
+    /// Rows, columns and summed dimension, the factors' type, and what of them is transposed.
+    pub fn shape(&self) -> String {
+        let (rows, columns, summed) = self.sizes();
+        let mark = |transposed: bool| if transposed { "t" } else { "n" };
+        let (left, right) = (mark(self.left_transposed), mark(self.right_transposed));
+        format!("product {rows} x {columns} x {summed} {} {left}{right}", self.left.dtype.name())
+    }
+
     fn check(&self) -> Result<(), EngineError> {
         let (m, n, _) = self.sizes();
         let left_inner = if self.left_transposed { self.left.rows } else { self.left.columns };

@@ -26,6 +26,18 @@ enum Replay {
     Captured(Graph),
 }
 
+/// A launch of a program, timed.
+pub struct TimedLaunch {
+    /// The kernel's entry, or rows, columns and summed dimension of a product, with the types of its factors.
+    pub what: String,
+    /// Of a product, floating-point operations; else 0.
+    pub flops: u64,
+    /// Whether its factors are 8-bit floats.
+    pub eight_bit: bool,
+    /// The fastest of the repeats.
+    pub milliseconds: f32,
+}
+
 /// A session of the CUDA engine. Fields are dropped in order: graphs before what they point to.
 pub struct CudaSession {
     replays: Vec<Replay>,
@@ -127,6 +139,33 @@ impl CudaSession {
             }
         }
         Ok(fastest)
+    }
+
+    /// Times every launch of a program, one after the other on one stream.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn profile_launches(&mut self, program: usize, repeats: usize) -> Result<Vec<TimedLaunch>, EngineError> {
+        self.card.bind()?;
+        let commands: Vec<&Command> = self.programs[program].iter().flatten().collect();
+        let events: Vec<Event> = (0..=commands.len()).map(|_| Event::new(&self.card)).collect::<Result<_, _>>()?;
+        let mut fastest = vec![f32::INFINITY; commands.len()];
+        for _ in 0..repeats.max(1) {
+            for (command, event) in commands.iter().zip(&events) {
+                event.record()?;
+                command.run_alone(&self.card, &self.products)?;
+            }
+            events[commands.len()].record()?;
+            self.card.synchronize()?;
+            for (fastest, pair) in fastest.iter_mut().zip(events.windows(2)) {
+                *fastest = fastest.min(pair[0].milliseconds_until(&pair[1])?);
+            }
+        }
+        let timed = commands.iter().zip(fastest).filter_map(|(command, milliseconds)| {
+            let (what, flops, eight_bit) = command.describe()?;
+            Some(TimedLaunch { what, flops, eight_bit, milliseconds })
+        });
+        Ok(timed.collect())
     }
 
     /// Free and total bytes of the card.
