@@ -89,6 +89,21 @@ fn the_five_steps_and_a_run_that_outlives_its_interface() {
     assert!(second.is_restored());
 }
 
+/// Drivers map compilers and hold memory of the card: devices are looked up in another process.
+#[test]
+fn the_interface_opens_no_driver() {
+    let home = tempfile::tempdir().unwrap();
+    let mut workbench = Workbench::open(home.path(), &[]);
+    // What fits is known: devices were looked up.
+    workbench.see("lora fits: ");
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", workbench.process())).unwrap();
+    for library in ["libvulkan", "libLLVM", "libcuda.so", "libnvrtc", "libcublas"] {
+        assert!(!maps.contains(library), "{library} is mapped into the interface");
+    }
+    let found = Command::new(env!("CARGO_BIN_EXE_tune")).args(["choose", "cpu", "auto"]).output().unwrap();
+    assert!(String::from_utf8(found.stdout).unwrap().starts_with("{\"Ok\":{\"device\":\"Cpu\""));
+}
+
 #[test]
 fn a_signal_that_can_be_caught_restores_the_terminal() {
     for signal in ["-TERM", "-HUP", "-INT", "-QUIT"] {

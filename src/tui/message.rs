@@ -34,7 +34,10 @@ pub enum Request {
     Forecast {
         generation: u64,
         spec: Box<RunSpec>,
+        /// Of all rows read, held out ones too.
         lengths: Option<std::sync::Arc<Vec<usize>>>,
+        /// Rows of these that are trained on.
+        rows: Option<usize>,
     },
     ListRuns,
     /// Reads a run's events and follows them.

@@ -129,8 +129,12 @@ impl Workbench {
         status
     }
 
+    pub fn process(&self) -> u32 {
+        self.child.process_id().unwrap()
+    }
+
     pub fn signal(&self, name: &str) {
-        let process = self.child.process_id().unwrap().to_string();
+        let process = self.process().to_string();
         assert!(Command::new("kill").args([name, &process]).status().unwrap().success());
     }
 

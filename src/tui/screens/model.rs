@@ -209,7 +209,7 @@ impl App {
         let with_origin = area.width >= 64;
         let with_size = area.width >= 52;
         let fits = 20;
-        let fixed = 8 + fits + if with_size { 10 } else { 0 } + if with_origin { 17 } else { 0 };
+        let fixed = 8 + fits + if with_size { 10 } else { 0 } + if with_origin { 18 } else { 0 };
         let name = (area.width as usize).saturating_sub(fixed + 2);
         let mut head = format!("  {}{}", text::pad("", name, ""), text::pad_left("params", 8));
         if with_size {
@@ -217,7 +217,7 @@ impl App {
         }
         if with_origin {
             head.push_str(&text::pad_left("context", 8));
-            head.push_str(&text::pad("  from", 9, ""));
+            head.push_str(&text::pad("  from", 10, ""));
         }
         head.push_str("    lora qlora  full");
         look.put(buffer, area, look.line(Role::Dim, head));
@@ -246,7 +246,7 @@ impl App {
             if with_origin {
                 let context = entry.context.map(|tokens| tokens.to_string()).unwrap_or_else(|| "-".into());
                 line.push_span(look.span(Role::Dim, text::pad_left(&context, 8)));
-                line.push_span(look.span(Role::Dim, text::pad(&format!("  {}", entry.origin.name()), 9, "")));
+                line.push_span(look.span(Role::Dim, text::pad(&format!("  {}", entry.origin.name()), 10, "")));
             }
             line.push_span(look.span(Role::Text, "  "));
             for (method, width) in [("lora", 6), ("qlora", 6), ("full", 6)] {

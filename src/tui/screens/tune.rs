@@ -266,6 +266,7 @@ impl App {
             generation: self.draft.forecast_generation,
             spec: Box::new(spec),
             lengths: self.draft.lengths.clone(),
+            rows: self.draft.preview.as_ref().and_then(|preview| Some(preview.as_ref().ok()?.rows)),
         };
         // Only the latest counts: an older one that was not handed out yet need not be.
         self.requests.retain(|request| !matches!(request, Request::Forecast { .. }));
@@ -583,7 +584,12 @@ impl App {
                 format!(" of {} parameters ({}%)", text::count(forecast.parameters), text::three(share)),
             ),
         ]));
-        let sizes = forecast.micro_sizes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let sizes = match forecast.micro_sizes.as_slice() {
+            [first, .., last] if forecast.micro_sizes.len() > 4 => {
+                format!("{first} to {last}, {} sizes", forecast.micro_sizes.len())
+            }
+            few => few.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        };
         lines.push(Line::from(vec![
             look.span(Role::Dim, "micro-batches "),
             look.span(Role::Text, format!("{sizes} tokens")),

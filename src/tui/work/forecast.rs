@@ -18,8 +18,9 @@ pub struct Forecaster {
 impl Forecaster {
     /// Answers a request for a forecast.
     pub fn perform(&mut self, request: Request, sender: &std::sync::mpsc::Sender<Message>) {
-        let Request::Forecast { generation, spec, lengths } = request else { return };
-        let result = self.forecast(&spec, lengths.as_ref().map(|lengths| lengths.as_slice())).map(Box::new);
+        let Request::Forecast { generation, spec, lengths, rows } = request else { return };
+        let lengths = lengths.as_ref().map(|lengths| lengths.as_slice());
+        let result = self.forecast(&spec, lengths, rows).map(Box::new);
         let _ = sender.send(Message::Forecast { generation, result });
     }
 
@@ -31,7 +32,7 @@ impl Forecaster {
         Ok(&self.model.as_ref().expect("set above").1)
     }
 
-    fn forecast(&mut self, spec: &RunSpec, lengths: Option<&[usize]>) -> Result<Forecast, String> {
+    fn forecast(&mut self, spec: &RunSpec, lengths: Option<&[usize]>, rows: Option<usize>) -> Result<Forecast, String> {
         let choice = choose(spec)?;
         let config = self.config(spec)?;
         let limit = spec.data.max_length;
@@ -49,11 +50,7 @@ impl Forecaster {
         let plan = plan(spec, config, &lengths, &choice)?;
         let capacity = budget(spec, &choice);
         let known = lengths.len() > 1;
-        let held_out = match spec.data.eval {
-            crate::spec::EvalData::Fraction(fraction) => (lengths.len() as f64 * fraction).round() as usize,
-            crate::spec::EvalData::Path(_) => 0,
-        };
-        let rows = lengths.len().saturating_sub(held_out).max(1);
+        let rows = rows.unwrap_or(lengths.len()).max(1);
         let per_epoch = known.then(|| rows.div_ceil(spec.train.batch.max(1)) as u64);
         let updates = spec
             .train
