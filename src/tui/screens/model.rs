@@ -177,7 +177,7 @@ impl App {
     pub(in crate::tui) fn draw_model(&self, area: Rect, buffer: &mut Buffer, look: &Look) {
         let screen = &self.model;
         let (list_area, detail_area) = if area.width >= 110 {
-            take_left(area, area.width * 3 / 5)
+            take_left(area, area.width * 2 / 3)
         } else {
             take_bottom(area, 7.min(area.height / 3))
         };
@@ -206,17 +206,24 @@ impl App {
             return;
         }
         // Columns go as room does: context and origin first.
+        let with_context = area.width >= 96;
         let with_origin = area.width >= 64;
         let with_size = area.width >= 52;
         let fits = 20;
-        let fixed = 8 + fits + if with_size { 10 } else { 0 } + if with_origin { 18 } else { 0 };
+        let fixed = 8
+            + fits
+            + if with_size { 10 } else { 0 }
+            + if with_origin { 10 } else { 0 }
+            + if with_context { 8 } else { 0 };
         let name = (area.width as usize).saturating_sub(fixed + 2);
         let mut head = format!("  {}{}", text::pad("", name, ""), text::pad_left("params", 8));
         if with_size {
             head.push_str(&text::pad_left("disk", 10));
         }
-        if with_origin {
+        if with_context {
             head.push_str(&text::pad_left("context", 8));
+        }
+        if with_origin {
             head.push_str(&text::pad("  from", 10, ""));
         }
         head.push_str("    lora qlora  full");
@@ -236,16 +243,20 @@ impl App {
             let mut line = Line::default();
             let role = if entry.problem.is_some() { Role::Dim } else { Role::Text };
             line.push_span(look.span(Role::Accent, format!("{sign} ")));
-            line.push_span(look.span(role, text::pad(&shown_id(entry, name, look), name, look.glyphs.ellipsis)));
+            line.push_span(
+                look.span(role, text::pad(&text::shorten_start(&entry.id, name, look.glyphs.ellipsis), name, "")),
+            );
             let parameters = entry.parameters.map(text::count).unwrap_or_else(|| "-".into());
             line.push_span(look.span(role, text::pad_left(&parameters, 8)));
             if with_size {
                 let bytes = entry.bytes.map(text::bytes).unwrap_or_else(|| "-".into());
                 line.push_span(look.span(Role::Dim, text::pad_left(&bytes, 10)));
             }
-            if with_origin {
+            if with_context {
                 let context = entry.context.map(|tokens| tokens.to_string()).unwrap_or_else(|| "-".into());
                 line.push_span(look.span(Role::Dim, text::pad_left(&context, 8)));
+            }
+            if with_origin {
                 line.push_span(look.span(Role::Dim, text::pad(&format!("  {}", entry.origin.name()), 10, "")));
             }
             line.push_span(look.span(Role::Text, "  "));
@@ -342,14 +353,6 @@ impl App {
             }
         }
         look.put_lines(buffer, area, lines);
-    }
-}
-
-/// Hub ids from the start, paths from their end.
-fn shown_id(entry: &ModelEntry, width: usize, look: &Look) -> String {
-    match entry.origin {
-        Origin::Folder => text::shorten_start(&entry.id, width, look.glyphs.ellipsis),
-        _ => entry.id.clone(),
     }
 }
 
