@@ -335,15 +335,23 @@ fn smollm2_takes_the_golden_full_steps() {
 }
 
 /// An engine that computes in 16 bits (`TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f16`) has bounds of its own.
-#[test]
-fn half_precision_takes_the_golden_steps() {
+fn half(test: &str) -> Option<backend::Choice> {
     let choice = choice();
-    if choice.target.compute == DType::F32 {
-        println!(
-            "left out: half_precision_takes_the_golden_steps is for TUNE_TEST_PRECISION=f16 on a device that has it"
-        );
-        return;
+    if choice.target.compute != DType::F32 {
+        return Some(choice);
     }
+    println!("left out: {test} is for TUNE_TEST_PRECISION=f16 on a device that has it");
+    None
+}
+
+#[test]
+fn half_precision_takes_the_golden_steps_of_tiny_models() {
+    let Some(choice) = half("half_precision_takes_the_golden_steps_of_tiny_models") else { return };
     golden_half::tiny_models_take_their_steps(&choice.target, &choice.device);
+}
+
+#[test]
+fn half_precision_takes_the_golden_steps_of_smollm2() {
+    let Some(choice) = half("half_precision_takes_the_golden_steps_of_smollm2") else { return };
     golden_half::smollm2_takes_its_steps(&choice.target, &choice.device);
 }
