@@ -14,8 +14,10 @@ pub type Answer = Result<Choice, String>;
 /// How long an answer holds: what is free on a device changes.
 const FRESH: Duration = Duration::from_secs(20);
 
-/// Answers by device and precision, with the time that they were given.
-static KNOWN: Mutex<Option<HashMap<(String, String), (Instant, Answer)>>> = Mutex::new(None);
+/// What was asked (device and precision), when, and the answer.
+type Known = HashMap<(String, String), (Instant, Answer)>;
+
+static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
 
 /// As [`backend::choose`], without opening a driver here.
 ///
