@@ -1,9 +1,10 @@
-//! The WGSL engine on a card: `wgsl adapters | check | products | attention | step MODEL BATCH SEQUENCE STEPS [none|cheap|all]`.
+//! The WGSL engine on a card: `wgsl adapters | check | products [ROW ...] | attention | step MODEL BATCH SEQUENCE STEPS
+//! [none|cheap|all] [lora|qlora|full]`.
 //!
 //! `check` holds the fast paths against the CPU engine on the same f16 inputs; run it before believing a time.
 //! `DEVICE` (default `wgpu`) and `PRECISION` (default `auto`) choose, `TRACE=1` prints what was measured of each candidate
-//! kernel, `products` takes words to choose rows (`square`, `long`, `nf4`, `lora`, `small`); `step` takes 135m, 1b or 8b (Llama shapes, random
-//! weights), LoRA of rank 16 on all linear layers, packed rows of full length.
+//! kernel. Rows of `products` are `square`, `long`, `nf4`, `lora` and `small`; `step` takes 135m, 1b or 8b (Llama shapes,
+//! random weights), LoRA of rank 16 on all linear layers or every weight, packed rows of full length.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -42,17 +43,11 @@ fn main() -> anyhow::Result<()> {
                 Some(&"all") => Recompute::All,
                 Some(other) => bail!("{other} is not none, cheap or all"),
             };
-            step(
-                &options,
-                model,
-                batch.parse()?,
-                sequence.parse()?,
-                steps.parse()?,
-                recompute,
-                rest.contains(&"profile"),
-            )
+            step(&options, model, batch.parse()?, sequence.parse()?, steps.parse()?, recompute, rest)
         }
-        _ => bail!("usage: wgsl adapters | check | products | attention | step MODEL BATCH SEQUENCE STEPS [RECOMPUTE]"),
+        _ => bail!(
+            "usage: wgsl adapters | check | products | attention | step MODEL BATCH SEQUENCE STEPS [RECOMPUTE] [METHOD]"
+        ),
     }
 }
 
@@ -197,8 +192,8 @@ fn from_bytes(dtype: DType, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-/// Inputs that both engines hold exactly.
-fn write_inputs(session: &mut dyn Session, documents: usize) -> anyhow::Result<()> {
+/// Inputs that both engines hold exactly; gradients of outputs up to `gradients`.
+fn write_inputs(session: &mut dyn Session, documents: usize, gradients: f32) -> anyhow::Result<()> {
     let buffers = session.plan().workload.buffers.clone();
     for (index, buffer) in buffers.iter().enumerate() {
         let seed: usize = buffer.name.bytes().fold(7, |seed, byte| seed * 31 % 65_521 + usize::from(byte));
@@ -209,6 +204,7 @@ fn write_inputs(session: &mut dyn Session, documents: usize) -> anyhow::Result<(
             "document_end" => ((i / length + 1) * length).min(count) as f32,
             "lora_scale" => 2.0,
             "qkv" => f16::from_f32(noise(i + seed * 7919, 2.0)).to_f32(),
+            "grad_out" => f16::from_f32(noise(i + seed * 7919, gradients)).to_f32(),
             _ => f16::from_f32(noise(i + seed * 7919, 0.5)).to_f32(),
         };
         if buffer.kind != Kind::Weight {
@@ -223,7 +219,7 @@ fn write_inputs(session: &mut dyn Session, documents: usize) -> anyhow::Result<(
 fn compare(
     what: &str,
     options: &wgpu::Options,
-    documents: usize,
+    (documents, gradients): (usize, f32),
     write: impl Fn(&mut WorkloadBuilder, &Target) -> Vec<Op>,
 ) -> anyhow::Result<bool> {
     let open = |target: &Target| {
@@ -235,8 +231,8 @@ fn compare(
     let mut reference = cpu::open(cpu_plan, weights)?;
     let (gpu_plan, weights) = open(&wgpu::target(options)?)?;
     let mut session = wgpu::open(gpu_plan, weights, options)?;
-    write_inputs(&mut reference, documents)?;
-    write_inputs(&mut session, documents)?;
+    write_inputs(&mut reference, documents, gradients)?;
+    write_inputs(&mut session, documents, gradients)?;
     let mut good = true;
     let steps = session.plan().workload.programs[0].steps.clone();
     let dtype = |session: &dyn Session, id: BufferId| session.plan().workload.buffer(id).dtype;
@@ -286,9 +282,14 @@ fn check(options: &wgpu::Options) -> anyhow::Result<()> {
         ("plain 2048x512", Layer { tokens: 2048, k: 512, widths: &[2048], rank: 0, weight: DType::BF16 }),
     ];
     for (name, layer) in layers {
-        good &= compare(name, options, 1, |builder, target| vec![linear(builder, target, layer, true, false)])?;
-        good &= compare(name, options, 1, |builder, target| vec![linear(builder, target, layer, false, false)])?;
-        good &= compare(name, options, 1, |builder, target| vec![linear(builder, target, layer, false, true)])?;
+        good &= compare(name, options, (1, 0.5), |builder, target| vec![linear(builder, target, layer, true, false)])?;
+        good &= compare(name, options, (1, 0.5), |builder, target| vec![linear(builder, target, layer, false, false)])?;
+        good &= compare(name, options, (1, 0.5), |builder, target| vec![linear(builder, target, layer, false, true)])?;
+    }
+    // All below 2^-14: halves without a leading 1, which some ways of reading them flush to 0.
+    for (name, layer) in [layers[2], layers[4]] {
+        let write = |builder: &mut WorkloadBuilder, target: &Target| vec![linear(builder, target, layer, false, true)];
+        good &= compare(&format!("{name}, subnormal gradients"), options, (1, 3e-5), write)?;
     }
     for (name, shape) in
         [("9 heads of 64", shape(9, 3, 64)), ("4 heads of 128", shape(4, 1, 128)), ("2 of 32", shape(2, 2, 32))]
@@ -296,7 +297,8 @@ fn check(options: &wgpu::Options) -> anyhow::Result<()> {
         for (tokens, documents) in [(64, 1), (256, 1), (320, 3)] {
             let write =
                 |builder: &mut WorkloadBuilder, target: &Target| attention_ops(builder, target, tokens, shape).to_vec();
-            good &= compare(&format!("{name}, {tokens} tokens, {documents} documents"), options, documents, write)?;
+            good &=
+                compare(&format!("{name}, {tokens} tokens, {documents} documents"), options, (documents, 0.5), write)?;
         }
     }
     ensure!(good, "the fast paths disagree with the CPU engine");
@@ -315,7 +317,7 @@ fn time(
     let weights = Arc::new(Noise::new(&workload));
     let mut session = wgpu::open(plan(workload, target)?, weights, options)?;
     trace(&session);
-    write_inputs(&mut session, 2)?;
+    write_inputs(&mut session, 2, 0.5)?;
     best_of(&mut session, repeats)
 }
 
@@ -405,7 +407,7 @@ fn attention(options: &wgpu::Options) -> anyhow::Result<()> {
             let weights = Arc::new(Noise::new(&workload));
             let mut session = wgpu::open(plan(workload, target)?, weights, options)?;
             trace(&session);
-            write_inputs(&mut session, documents)?;
+            write_inputs(&mut session, documents, 0.5)?;
             best_of(&mut session, 10)
         };
         let (forward, backward) = (timed(0)?, timed(1)?);
@@ -450,13 +452,20 @@ fn step(
     sequence: usize,
     steps: usize,
     recompute: Recompute,
-    profile: bool,
+    words: &[&str],
 ) -> anyhow::Result<()> {
     let config = config(model)?;
     let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
     let tokens = batch * sequence;
+    let method = ["qlora", "full"].into_iter().find(|name| words.contains(name)).unwrap_or("lora");
     let options = TrainingOptions {
-        method: Method::Lora { adapter: AdapterOptions { rank: 16, targets, dropout: 0.0 }, weights: None },
+        method: match method {
+            "full" => Method::Full,
+            _ => Method::Lora {
+                adapter: AdapterOptions { rank: 16, targets, dropout: 0.0 },
+                weights: (method == "qlora").then_some(DType::Nf4),
+            },
+        },
         sizes: vec![tokens],
         evaluate: false,
         recompute: vec![recompute; config.layers],
@@ -513,7 +522,9 @@ fn step(
     }
     put(&mut session, &format!("inputs.{tokens}.token_weights"), bytemuck::cast_slice(&vec![1.0f32; tokens]))?;
     put(&mut session, "loss_scale", bytemuck::cast_slice(&[1.0 / (tokens - batch) as f32]))?;
-    put(&mut session, "lora_scale", bytemuck::cast_slice(&[1.0f32]))?;
+    if method != "full" {
+        put(&mut session, "lora_scale", bytemuck::cast_slice(&[1.0f32]))?;
+    }
     let programs: Vec<usize> = ["begin".to_string(), format!("micro.{tokens}"), "update".to_string()]
         .iter()
         .map(|name| session.plan().workload.program(name).with_context(|| format!("no program {name}")))
@@ -537,7 +548,7 @@ fn step(
         }
         println!("loss {:.5} grad norm {:.5}", f32::from_le_bytes(loss), f32::from_le_bytes(norm));
     }
-    if profile {
+    if words.contains(&"profile") {
         let times = inspect::profile(&mut session, programs[1], 2)?;
         let mut table: BTreeMap<(String, &str), (usize, f64)> = BTreeMap::new();
         for time in &times {
@@ -554,6 +565,10 @@ fn step(
     }
     times.sort_by(f64::total_cmp);
     let median = times.get(times.len() / 2).context("STEPS is at least 1")?;
-    println!("{model} lora {batch}x{sequence}: {:.0} tokens/s, {:.2} ms a step", tokens as f64 / median, median * 1e3);
+    println!(
+        "{model} {method} {batch}x{sequence}: {:.0} tokens/s, {:.2} ms a step",
+        tokens as f64 / median,
+        median * 1e3
+    );
     Ok(())
 }

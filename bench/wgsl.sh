@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The WGSL engine on a card, beside PyTorch on the same card; needs no build there.
 #   bash bench/wgsl.sh [ROW ...]
-# check                           the fast paths against the CPU engine: before a time is believed
+# check portable-check            the fast paths and core WebGPU against the CPU engine: before a time is believed
 # products[:ROWS] attention       rates; ROWS of square,long,nf4,lora,small; TRACE=1 prints every candidate kernel's
-# MODEL:BATCH:SEQUENCE:RECOMPUTE  a training step (135m, 1b, 8b; none, cheap, all); PROFILE=1 prints the time per operation
+# MODEL:BATCH:SEQUENCE:RECOMPUTE[:METHOD]  a training step (135m, 1b, 8b; none, cheap, all; lora, qlora, full); PROFILE=1
+#                                 prints the time per operation
 # peer-products peer-attention peer:MODEL:BATCH:SEQUENCE:RECOMPUTE   the same in PyTorch, Transformers and PEFT (bf16)
 # leak                            2,000 steps of the demo model, host and device memory at 200 and at the end
 # doctor                          what `tune doctor` says of the adapter
@@ -18,13 +19,15 @@ PROBE=${PROBE:-target/release/examples/wgsl_probe}
 STEPS=${STEPS:-8}
 LOG=${LOG:-/dev/null}
 if [ $# -eq 0 ]; then
-    set -- check products:square,long,nf4 peer-products attention peer-attention \
-        135m:8:512:none peer:135m:8:512:all 1b:4:2048:none peer:1b:4:2048:all 8b:2:2048:all peer:8b:2:2048:all doctor leak
+    set -- check portable-check products:square,long,nf4 peer-products attention peer-attention \
+        135m:8:512:none peer:135m:8:512:all 1b:4:2048:none peer:1b:4:2048:all 8b:2:2048:all peer:8b:2:2048:all \
+        1b:4:2048:none:qlora 135m:8:512:none:full doctor leak
 fi
 row() {
-    local model batch sequence recompute
+    local model batch sequence recompute method
     case "$1" in
     check) TUNE_COOPERATIVE_ATTENTION=1 timeout "${LIMIT:-100}" "$BIN" check | grep -v '^ok' ;;
+    portable-check) PRECISION=f32 TUNE_WGPU_PORTABLE=1 timeout "${LIMIT:-100}" "$BIN" check | grep -v '^ok' ;;
     products*)
         IFS=, read -ra rows <<<"${1#products}"
         timeout "${LIMIT:-150}" "$BIN" products "${rows[@]#:}"
@@ -36,12 +39,12 @@ row() {
         timeout "${LIMIT:-120}" python3 bench/wgsl_peer.py step "$model" "$batch" "$sequence" "$STEPS" "$recompute"
         ;;
     leak) timeout "${LIMIT:-180}" python3 bench/wgsl_leak.py "$TUNE" "${DEVICE:-wgpu:0}" 2000 ;;
-    doctor) timeout "${LIMIT:-60}" "$TUNE" doctor | grep -A6 wgpu ;;
+    doctor) timeout "${LIMIT:-60}" "$TUNE" doctor | fold -w 230 | grep -A6 wgpu ;;
     attention-phases) timeout "${LIMIT:-100}" python3 bench/wgsl_probe.py "$PROBE" attention ;;
     candidates) timeout "${LIMIT:-200}" python3 bench/wgsl_probe.py "$PROBE" products small pytorch ;;
     *)
-        IFS=: read -r model batch sequence recompute <<<"$1"
-        timeout "${LIMIT:-150}" "$BIN" step "$model" "$batch" "$sequence" "$STEPS" "$recompute" ${PROFILE:+profile}
+        IFS=: read -r model batch sequence recompute method <<<"$1"
+        timeout "${LIMIT:-150}" "$BIN" step "$model" "$batch" "$sequence" "$STEPS" "$recompute" "${method:-lora}" ${PROFILE:+profile}
         ;;
     esac
     local code=$?

@@ -3,24 +3,61 @@
 // NF4 (Dettmers et al. 2023, arXiv 2305.14314): level[code] · scale, blocks of 64 elements to a scale, the code of an even
 // element in the upper half of its byte. Scales are offset + map[code] · group scale, 256 to a group (double quantization).
 // INT8: code · scale of the row.
+//
+//   EIGHTS  everything is in eights, which a thread takes at once
 fn byte(start: u32, i: u32) -> u32 {
   return (weight_get(start + i / 4u) >> ((i % 4u) * 8u)) & 255u;
+}
+
+#if INT8
+fn scale(element: u32) -> f32 { return bitcast<f32>(weight_get(p.scales + element / p.columns)); }
+#else
+fn scale(element: u32) -> f32 {
+  let block = element / 64u;
+  let offset = bitcast<f32>(weight_get(p.offset));
+  return offset + table_get(byte(p.scales, block)) * bitcast<f32>(weight_get(p.group_scales + block / 256u));
+}
+var<workgroup> level: array<f32, 16>;
+#end
+
+fn code(word: u32, shift: u32) -> f32 {
+#if INT8
+  return f32(extractBits(bitcast<i32>(word), shift, 8u));
+#else
+  return level[extractBits(word, shift, 4u)];
+#end
 }
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32,
         @builtin(num_workgroups) groups: vec3<u32>) {
+#if !INT8
+  if (thread < 16u) { level[thread] = table_get(512u + thread); }
+  workgroupBarrier();
+#end
+#if EIGHTS
+  for (var i = (group.x * 256u + thread) * 8u; i < p.count; i += groups.x * 2048u) {
+    let element = p.first + i;
+    let s = scale(element);
+#if INT8
+    let v = weight_get(element / 4u);
+    let w = weight_get(element / 4u + 1u);
+    output_put4(i, s * vec4<f32>(code(v, 0u), code(v, 8u), code(v, 16u), code(v, 24u)));
+    output_put4(i + 4u, s * vec4<f32>(code(w, 0u), code(w, 8u), code(w, 16u), code(w, 24u)));
+#else
+    let w = weight_get(element / 8u);
+    output_put4(i, s * vec4<f32>(code(w, 4u), code(w, 0u), code(w, 12u), code(w, 8u)));
+    output_put4(i + 4u, s * vec4<f32>(code(w, 20u), code(w, 16u), code(w, 28u), code(w, 24u)));
+#end
+  }
+#else
   for (var i = group.x * 256u + thread; i < p.count; i += groups.x * 256u) {
     let element = p.first + i;
 #if INT8
-    let code = extractBits(bitcast<i32>(weight_get(element / 4u)), (element % 4u) * 8u, 8u);
-    output_put(i, f32(code) * bitcast<f32>(weight_get(p.scales + element / p.columns)));
+    output_put(i, code(weight_get(element / 4u), (element % 4u) * 8u) * scale(element));
 #else
-    let block = element / 64u;
-    let offset = bitcast<f32>(weight_get(p.offset));
-    let scale = offset + table_get(byte(p.scales, block)) * bitcast<f32>(weight_get(p.group_scales + block / 256u));
-    let code = (byte(0u, element / 2u) >> (4u - (element % 2u) * 4u)) & 15u;
-    output_put(i, table_get(512u + code) * scale);
+    output_put(i, code(weight_get(element / 8u), (element % 8u) / 2u * 8u + 4u - (element % 2u) * 4u) * scale(element));
 #end
   }
+#end
 }

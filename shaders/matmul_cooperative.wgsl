@@ -6,7 +6,7 @@
 // fragment is read: coopLoadT takes rows, coopLoad columns.
 //   DOUBLE  two tiles of each operand: while one is multiplied the next is on its way through registers, one barrier a
 //           step; AHEAD  one tile, and the next through registers; neither: one tile, read when it is wanted
-//   WIDE    reads of 16 bytes, as pairs of vec4<f16>; WORDS  as vec4<u32>; else of 8
+//   WIDE    reads of 16 bytes, as words; else of 8
 //   WHOLE   the tiles cover the result exactly, and the operands' strides are constants
 const THREADS: u32 = SM * SN * 32u;
 alias Cell = vec4<f16>;
@@ -40,16 +40,11 @@ var<workgroup> staged: array<vec4<f32>, 64u * SM * SN>;
 #if WIDE
 struct Read { low: vec4<f16>, high: vec4<f16> }
 const READ: u32 = 8u;
-#if WORDS
 fn halves(words: vec2<u32>) -> Cell {
   return Cell(vec2<f16>(unpack2x16float(words.x)), vec2<f16>(unpack2x16float(words.y)));
 }
 fn a_read(at: u32) -> Read { let w = a[at >> 3u]; return Read(halves(w.xy), halves(w.zw)); }
 fn b_read(at: u32) -> Read { let w = b[at >> 3u]; return Read(halves(w.xy), halves(w.zw)); }
-#else
-fn a_read(at: u32) -> Read { return a[at >> 3u]; }
-fn b_read(at: u32) -> Read { return b[at >> 3u]; }
-#end
 #else
 alias Read = Cell;
 const READ: u32 = CELL;
@@ -126,7 +121,7 @@ fn b_load(i: u32, column0: u32, k0: u32, extra: u32) -> Read {
 #end
 }
 
-fn a_put(base: u32, i: u32, value: Read) {
+fn a_stage(base: u32, i: u32, value: Read) {
   let slot = base + a_row(i) * A_PITCH + a_column(i) / CELL;
 #if WIDE
   tile_a[slot] = value.low;
@@ -136,7 +131,7 @@ fn a_put(base: u32, i: u32, value: Read) {
 #end
 }
 
-fn b_put(base: u32, i: u32, value: Read) {
+fn b_stage(base: u32, i: u32, value: Read) {
   let slot = base + b_row(i) * B_PITCH + b_column(i) / CELL;
 #if WIDE
   tile_b[slot] = value.low;
@@ -171,7 +166,7 @@ fn b2_cell(i: u32, column0: u32, k0: u32) -> Cell {
   return b2_get4h(k * p.b2_stride + p.b2_start + column);
 #end
 }
-fn second_put(i: u32, row0: u32, column0: u32, k0: u32, extra: u32) {
+fn second_stage(i: u32, row0: u32, column0: u32, k0: u32, extra: u32) {
   if (i < BM * BK / CELL) {
     tile_a[i / (BK / CELL) * A_PITCH + i % (BK / CELL)] = a2_cell(i, row0, k0, extra);
   }
@@ -255,7 +250,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     let a_base = 0u;
     let b_base = 0u;
 #include matmul_cooperative_load
-#include matmul_cooperative_put
+#include matmul_cooperative_stage
   }
   workgroupBarrier();
   for (var step = begin; step < end; step++) {
@@ -273,7 +268,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     {
       let a_base = (1u - odd) * A_SIZE;
       let b_base = (1u - odd) * B_SIZE;
-#include matmul_cooperative_put
+#include matmul_cooperative_stage
     }
     workgroupBarrier();
   }
@@ -286,7 +281,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
 #include matmul_cooperative_load
   }
   for (var step = begin; step < end; step++) {
-#include matmul_cooperative_put
+#include matmul_cooperative_stage
     workgroupBarrier();
     let k0 = min(step + 1u, end - 1u) * BK;
 #include matmul_cooperative_load
@@ -298,7 +293,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   for (var step = begin; step < end; step++) {
     let k0 = step * BK;
 #include matmul_cooperative_load
-#include matmul_cooperative_put
+#include matmul_cooperative_stage
     workgroupBarrier();
 #include matmul_cooperative_multiply
     workgroupBarrier();
@@ -307,7 +302,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
 #if SECOND
   for (var k0 = 0u; k0 < p.k2; k0 += BK) {
 #for r SECOND_LOADS
-    second_put(thread + {r}u * THREADS, row0, column0, k0, extra);
+    second_stage(thread + {r}u * THREADS, row0, column0, k0, extra);
 #end
     workgroupBarrier();
 #include matmul_cooperative_multiply

@@ -19,7 +19,7 @@ const CHOSEN: [&str; 14] = [
     "matmul_cooperative",
     "matmul_cooperative_load",
     "matmul_cooperative_multiply",
-    "matmul_cooperative_put",
+    "matmul_cooperative_stage",
     "attention",
     "attention_mask",
     "attention_tiles",

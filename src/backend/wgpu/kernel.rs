@@ -24,9 +24,7 @@ pub enum Element {
     F32,
     /// With the adapter's `f16` feature.
     F16,
-    /// Eight halves at a time, as the shader's own type `Read`; it has no functions.
-    F16Pairs,
-    /// Eight halves at a time, as four words; it has no functions.
+    /// Eight halves at a time, as four words; the shader indexes it itself.
     F16Words,
     /// Two halves in a word, read only.
     PackedF16,
@@ -121,7 +119,7 @@ shaders!(
     "matmul_cooperative",
     "matmul_cooperative_load",
     "matmul_cooperative_multiply",
-    "matmul_cooperative_put",
+    "matmul_cooperative_stage",
     "noise",
     "partial_sum",
     "random",
@@ -173,7 +171,6 @@ fn declare(text: &mut String, index: usize, binding: &Binding, half: bool) {
         (Element::F32, true) => "vec4<f32>",
         (Element::F16, false) => "f16",
         (Element::F16, true) => "vec4<f16>",
-        (Element::F16Pairs, _) => "Read",
         (Element::F16Words, _) => "vec4<u32>",
         (Element::PackedF16 | Element::PackedBF16, false) => "u32",
         (Element::PackedF16 | Element::PackedBF16, true) => "vec2<u32>",
@@ -181,7 +178,7 @@ fn declare(text: &mut String, index: usize, binding: &Binding, half: bool) {
         (Element::U32, _) => "u32",
     };
     let _ = writeln!(text, "@group(0) @binding({index}) var<storage, {access}> {name}: array<{item}>;");
-    if matches!(element, Element::F16Pairs | Element::F16Words) {
+    if *element == Element::F16Words {
         return;
     }
     let get4_scalar = format!(
@@ -233,7 +230,7 @@ fn declare(text: &mut String, index: usize, binding: &Binding, half: bool) {
                  fn {name}_get(i: u32) -> f32 {{ return {name}_get4(i & 0xfffffffcu)[i & 3u]; }}"
             );
         }
-        (Element::F16Pairs | Element::F16Words, _) => {}
+        (Element::F16Words, _) => {}
         (Element::I32 | Element::U32, _) => {
             let kind = if *element == Element::I32 { "i32" } else { "u32" };
             let _ = writeln!(text, "fn {name}_get(i: u32) -> {kind} {{ return {name}[i]; }}");

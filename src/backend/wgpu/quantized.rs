@@ -149,17 +149,20 @@ impl Lowering<'_> {
         let tensor = View { dtype: DType::U32, rows: 1, stride: words, start: 0, width: words, ..*weight };
         let mut call = self.call("dequantize");
         self.bind(&mut call, "weight", &tensor);
-        self.bind(&mut call, "output", &unpacked);
+        let count = weight.rows * columns;
+        let eights = [weight.start, count, columns].iter().all(|number| number.is_multiple_of(8));
+        self.bind_as(&mut call, "output", &unpacked, eights);
+        call.flag("EIGHTS", eights);
         if weight.dtype == DType::Int8 {
             call.constant("INT8", 1);
         } else {
             self.bind(&mut call, "table", &tables::view());
         }
-        let count = weight.rows * columns;
         call.number("first", weight.start).number("count", count).number("columns", columns);
         call.number("scales", (parts.scales / 4) as usize).number("group_scales", (parts.group_scales / 4) as usize);
         call.number("offset", (parts.offset / 4) as usize);
-        self.launch(call, [count.div_ceil(256).min(16384), 1, 1]).map(|()| unpacked)
+        let each = if eights { 2048 } else { 256 };
+        self.launch(call, [count.div_ceil(each).min(16384), 1, 1]).map(|()| unpacked)
     }
 }
 
@@ -232,16 +235,18 @@ mod tests {
 
     #[test]
     fn a_quantized_weight_multiplies_as_its_unpacked_self() {
-        let (rows, columns) = (72, 100);
-        let number = |i: usize| crate::program::random::uniform([5, 6, 7, 8], 9, i as u32, 0) - 0.5;
-        let weight: Vec<f32> = (0..rows * columns).map(number).collect();
-        let input: Vec<f32> = (0..3 * columns).map(|i| number(i + 77_777)).collect();
-        let unpacked = unpack(&quantize_nf4(&weight, rows, columns), rows, columns);
-        let want = product(DType::F32, &unpacked, &input, rows, columns);
-        let found = product(DType::Nf4, &weight, &input, rows, columns);
-        assert!(want.iter().zip(&found).all(|(a, b)| (a - b).abs() < 1e-4), "{want:?} {found:?}");
-        let exact = product(DType::F32, &weight, &input, rows, columns);
-        let rounded = product(DType::Int8, &weight, &input, rows, columns);
-        assert!(exact.iter().zip(&rounded).all(|(a, b)| (a - b).abs() < 0.05), "{exact:?} {rounded:?}");
+        // Rows of whole eights are unpacked eight at a time.
+        for (rows, columns) in [(72, 100), (24, 192)] {
+            let number = |i: usize| crate::program::random::uniform([5, 6, 7, 8], 9, i as u32, 0) - 0.5;
+            let weight: Vec<f32> = (0..rows * columns).map(number).collect();
+            let input: Vec<f32> = (0..3 * columns).map(|i| number(i + 77_777)).collect();
+            let unpacked = unpack(&quantize_nf4(&weight, rows, columns), rows, columns);
+            let want = product(DType::F32, &unpacked, &input, rows, columns);
+            let found = product(DType::Nf4, &weight, &input, rows, columns);
+            assert!(want.iter().zip(&found).all(|(a, b)| (a - b).abs() < 1e-4), "{want:?} {found:?}");
+            let exact = product(DType::F32, &weight, &input, rows, columns);
+            let rounded = product(DType::Int8, &weight, &input, rows, columns);
+            assert!(exact.iter().zip(&rounded).all(|(a, b)| (a - b).abs() < 0.05), "{exact:?} {rounded:?}");
+        }
     }
 }

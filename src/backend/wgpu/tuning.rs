@@ -436,4 +436,77 @@ mod tests {
         let (chosen, _) = contest(2, |_| Ok(Some((vec![1.0], 2e-3))), &mut seconds).expect("no device fails");
         assert_eq!(chosen, 1);
     }
+
+    /// Every kernel that an adapter with cooperative matrices would be asked to compile, candidates and all, for layers
+    /// that tiles divide and for ragged ones: no adapter here can run them, but their WGSL is checked.
+    #[test]
+    fn kernels_for_cooperative_matrices_are_valid() {
+        use crate::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
+        let options = super::super::Options { adapter: Some(0), compute: Some(DType::F16), portable: false };
+        let target = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
+        let facts = Facts {
+            f16: true,
+            cooperative: true,
+            binding: 1 << 30,
+            workgroup_bytes: 48 << 10,
+            software: false,
+            workgroups: 256,
+            measures: true,
+            loop_limit: None,
+        };
+        let mut kernels = std::collections::BTreeSet::new();
+        for (hidden, intermediate, weights) in [(256, 512, None), (256, 1024, Some(DType::Nf4)), (192, 324, None)] {
+            let config = serde_json::json!({
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+                "intermediate_size": intermediate, "num_hidden_layers": 1, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "head_dim": hidden / 4, "vocab_size": 1024, "rms_norm_eps": 1e-5,
+                "rope_theta": 1e4, "max_position_embeddings": 4096, "tie_word_embeddings": true, "hidden_act": "silu",
+                "torch_dtype": "bfloat16",
+            });
+            let config = ModelConfig::parse(&config.to_string()).expect("a configuration");
+            let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
+            let lora = Method::Lora { adapter: AdapterOptions { rank: 16, targets, dropout: 0.0 }, weights };
+            for method in [lora, Method::Full] {
+                let options = TrainingOptions {
+                    method,
+                    sizes: vec![512],
+                    evaluate: false,
+                    recompute: vec![Recompute::None],
+                    betas: [0.9, 0.999],
+                    epsilon: 1e-8,
+                    weight_decay: 0.01,
+                    max_grad_norm: 1.0,
+                    eight_bit: false,
+                    generation: None,
+                };
+                let workload = training_workload(&config, &options, &target).expect("a workload");
+                let plan = crate::program::plan::plan(workload, target.clone()).expect("a plan");
+                let storage = Storage::new(&plan, 1 << 30, true);
+                let none = Choices::new();
+                let mut lowering = Lowering::new(&plan, &storage, facts.clone(), &none);
+                for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
+                    lowering.op(&step.op).expect("lowered");
+                }
+                kernels.extend(lowering.kernels);
+                let (trials, _) = trials(&plan, &storage, &facts, lowering.questions).expect("trials");
+                kernels.extend(trials.into_iter().flat_map(|trial| trial.attempts).flat_map(|attempt| attempt.kernels));
+            }
+        }
+        let cooperative = |kernel: &&Kernel| kernel.file == "matmul_cooperative";
+        let has = |name: &str| kernels.iter().filter(cooperative).filter(|k| k.constants.contains_key(name)).count();
+        for constant in
+            ["WIDE", "WHOLE", "AHEAD", "PLAIN", "DOUBLE", "SECOND", "SPLIT", "SEGMENTED", "A_BY_K", "B_BY_K"]
+        {
+            assert!(has(constant) > 0, "no kernel has {constant}");
+        }
+        assert!(kernels.iter().filter(cooperative).any(|kernel| !kernel.constants.contains_key("WIDE")));
+        use wgpu::naga::valid::{Capabilities, ValidationFlags, Validator};
+        for kernel in &kernels {
+            let text = kernel.wgsl().expect("expands");
+            let module = wgpu::naga::front::wgsl::parse_str(&text)
+                .unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&text)));
+            let checked = Validator::new(ValidationFlags::all(), Capabilities::all()).validate(&module);
+            checked.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&text)));
+        }
+    }
 }

@@ -228,7 +228,7 @@ impl<'a> Lowering<'a> {
     }
 
     /// Binds a buffer as vec4 when `vector`.
-    fn bind_as(&self, call: &mut Call, name: &'static str, view: &View, vector: bool) {
+    pub(super) fn bind_as(&self, call: &mut Call, name: &'static str, view: &View, vector: bool) {
         let Some(element) = Element::of(view.dtype, self.facts.f16) else {
             call.missing = Some(view.dtype);
             return;
@@ -289,7 +289,7 @@ impl Call {
         self
     }
 
-    fn flag(&mut self, name: &'static str, on: bool) -> &mut Self {
+    pub(super) fn flag(&mut self, name: &'static str, on: bool) -> &mut Self {
         if on {
             self.constant(name, 1);
         }

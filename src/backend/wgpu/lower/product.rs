@@ -160,12 +160,11 @@ enum Stage {
     Plain,
 }
 
-/// What a thread reads at once: 8 bytes, or 16 in one of two forms.
+/// What a thread reads at once: 8 bytes or 16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Read {
     Narrow,
     Wide,
-    Words,
 }
 
 impl Read {
@@ -179,30 +178,27 @@ const fn threads(bm: usize, bn: usize, bk: usize, tm4: usize, tn4: usize) -> Til
 }
 
 const fn subgroups(bm: usize, bn: usize, bk: usize, down: usize, across: usize) -> Tile {
-    Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage: Stage::Plain, read: Read::Narrow } }
+    Tile { bm, bn, bk, share: Share::Subgroups { down, across, stage: Stage::Ahead, read: Read::Narrow } }
 }
 
-/// Tiles on cooperative matrices that are measured, and how each is staged. Two tiles of depth 32 take so much workgroup
-/// memory that fewer workgroups run (`bench/LOG-wgsl.md`).
-const COOPERATIVE: [(Tile, &[Stage]); 17] = [
-    (subgroups(128, 128, 32, 2, 2), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(128, 128, 16, 2, 2), &[Stage::Plain, Stage::Double]),
-    (subgroups(128, 128, 64, 2, 2), &[Stage::Plain]),
-    (subgroups(128, 128, 32, 2, 4), &[Stage::Double]),
-    (subgroups(128, 256, 32, 2, 4), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(128, 256, 16, 2, 4), &[Stage::Double]),
-    (subgroups(256, 128, 32, 4, 2), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(64, 128, 32, 1, 2), &[Stage::Plain]),
+/// Tiles on cooperative matrices that are measured, and how each is staged; with reads of 16 bytes wherever they can be
+/// (`bench/LOG-wgsl.md`: the fastest of all that were tried on an H100 are here).
+const COOPERATIVE: [(Tile, &[Stage]); 14] = [
+    (subgroups(128, 128, 32, 2, 2), &[Stage::Ahead, Stage::Plain]),
+    (subgroups(128, 256, 32, 2, 4), &[Stage::Ahead]),
+    (subgroups(256, 128, 32, 4, 2), &[Stage::Ahead]),
+    (subgroups(128, 128, 16, 2, 2), &[Stage::Double]),
     (subgroups(64, 128, 32, 2, 2), &[Stage::Ahead]),
-    (subgroups(64, 64, 32, 2, 2), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(64, 64, 64, 2, 2), &[Stage::Plain, Stage::Ahead]),
+    (subgroups(64, 64, 32, 2, 2), &[Stage::Ahead]),
+    (subgroups(64, 64, 64, 2, 2), &[Stage::Ahead]),
+    (subgroups(32, 64, 64, 1, 2), &[Stage::Ahead]),
     // Thin results of long sums: LoRA.
-    (subgroups(32, 128, 64, 1, 4), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(128, 16, 64, 4, 1), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(64, 16, 64, 4, 1), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(16, 128, 64, 1, 4), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(128, 32, 64, 4, 1), &[Stage::Plain, Stage::Ahead]),
-    (subgroups(128, 16, 32, 4, 1), &[Stage::Double]),
+    (subgroups(32, 128, 64, 1, 4), &[Stage::Ahead]),
+    (subgroups(128, 32, 64, 4, 1), &[Stage::Ahead]),
+    (subgroups(128, 16, 64, 4, 1), &[Stage::Ahead, Stage::Plain]),
+    (subgroups(64, 16, 64, 4, 1), &[Stage::Ahead]),
+    (subgroups(16, 128, 64, 1, 4), &[Stage::Ahead, Stage::Plain]),
+    (subgroups(16, 64, 64, 1, 4), &[Stage::Ahead]),
 ];
 
 /// Thread tiles that are measured where there are no cooperative matrices.
@@ -229,7 +225,7 @@ impl Tile {
                     Stage::Plain => "PLAIN",
                 };
                 call.constant(stage, 1).constant("HALF", 1).constant("COOPERATIVE", 1);
-                call.flag("WIDE", read != Read::Narrow).flag("WORDS", read == Read::Words);
+                call.flag("WIDE", read == Read::Wide);
                 call.constant("SM", down as u32).constant("SN", across as u32);
                 call.constant("FM", (bm / down / 16) as u32).constant("FN", (bn / across / 16) as u32);
                 call.constant("K_FRAGMENTS", (bk / 16) as u32);
@@ -403,8 +399,7 @@ impl Lowering<'_> {
     fn bind_read(&self, call: &mut Call, name: &'static str, view: &View, vector: bool, read: Read) {
         match read {
             Read::Narrow => self.bind_as(call, name, view, vector),
-            Read::Wide => self.bind_element(call, name, view, Element::F16Pairs, 16),
-            Read::Words => self.bind_element(call, name, view, Element::F16Words, 16),
+            Read::Wide => self.bind_element(call, name, view, Element::F16Words, 16),
         }
     }
 
@@ -471,19 +466,29 @@ impl Lowering<'_> {
             if (tile.bm.min(tile.bn) < 64) != thin && (tile.bm, tile.bn) != (64, 64) {
                 continue;
             }
-            let all = tile == subgroups(128, 128, 32, 2, 2);
             for &stage in stages {
-                let reads = [Read::Wide, Read::Words, Read::Narrow]
-                    .map(|read| Tile { share: Share::Subgroups { down, across, stage, read }, ..tile });
-                let usable = |tile: &Tile| tile.fits(self.facts.workgroup_bytes) && suits(tile, product);
-                tiles.extend(reads.into_iter().filter(usable).take(if all { 3 } else { 1 }));
+                let share = Share::Subgroups { down, across, stage, read: Read::Narrow };
+                tiles.extend(self.widest(Tile { share, ..tile }, product));
             }
         }
         tiles
     }
 
     fn tile(&self, product: &Product) -> Tile {
-        if self.is_cooperative(product) { self.cooperative_tile(product) } else { self.thread_tile(product) }
+        if !self.is_cooperative(product) {
+            return self.thread_tile(product);
+        }
+        let tile = self.cooperative_tile(product);
+        self.widest(tile, product).unwrap_or(tile)
+    }
+
+    /// The tile with the widest reads that the product allows; none if it does not fit at all.
+    fn widest(&self, tile: Tile, product: &Product) -> Option<Tile> {
+        let Share::Subgroups { down, across, stage, .. } = tile.share else { return Some(tile) };
+        [Read::Wide, Read::Narrow]
+            .map(|read| Tile { share: Share::Subgroups { down, across, stage, read }, ..tile })
+            .into_iter()
+            .find(|tile| tile.fits(self.facts.workgroup_bytes) && suits(tile, product))
     }
 
     fn thread_tile(&self, product: &Product) -> Tile {
