@@ -32,19 +32,6 @@ extern "C" __global__ void cast_bf16_f32(const CastPart* parts, const Piece* pie
 extern "C" __global__ void cast_f32_f32(const CastPart* parts, const Piece* pieces) { cast<float, float>(parts, pieces); }
 extern "C" __global__ void cast_bf16_bf16(const CastPart* parts, const Piece* pieces) { cast<bf16, bf16>(parts, pieces); }
 
-__device__ __forceinline__ float f16_to_float(u16 x) {
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x));
-    return result;
-}
-
-// Element types of a checkpoint: 0 f32, 1 f16, 2 bf16.
-__device__ __forceinline__ float checkpoint_value(const void* from, int type, i64 at) {
-    if (type == 0) return ((const float*)from)[at];
-    u16 raw = ((const u16*)from)[at];
-    return type == 1 ? f16_to_float(raw) : __uint_as_float((u32)raw << 16);
-}
-
 extern "C" __global__ void convert_to_bf16(const void* from, int type, bf16* to, i64 elements) {
     for (i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x; at < elements; at += (i64)gridDim.x * blockDim.x)
         to[at] = to_bf16(checkpoint_value(from, type, at));

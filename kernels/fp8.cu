@@ -20,15 +20,6 @@ __device__ __forceinline__ uint4 e4m3_codes(const float (&x)[16]) {
     return codes;
 }
 
-__device__ __forceinline__ float checkpoint_value(const void* from, int type, i64 at) {
-    if (type == 0) return ((const float*)from)[at];
-    u16 raw = ((const u16*)from)[at];
-    if (type == 2) return __uint_as_float((u32)raw << 16);
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(raw));
-    return result;
-}
-
 // A weight in its final place. `from` holds elements of checkpoint type 0 f32, 1 f16, 2 bf16; a multiple of 16.
 extern "C" __global__ void fp8_from_checkpoint(const void* from, int type, const float* scale, u8* to, i64 elements) {
     float inverse = *scale > 0.0f ? 1.0f / *scale : 0.0f;

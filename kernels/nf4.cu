@@ -22,15 +22,6 @@ __device__ __forceinline__ u32 nf4_code(float x) {
     return code;
 }
 
-__device__ __forceinline__ float checkpoint_value(const void* from, int type, i64 at) {
-    if (type == 0) return ((const float*)from)[at];
-    u16 raw = ((const u16*)from)[at];
-    if (type == 2) return __uint_as_float((u32)raw << 16);
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(raw));
-    return result;
-}
-
 // One warp a block of 64 values, a pair a lane. `from` holds `elements` values of checkpoint type 0 f32, 1 f16,
 // 2 bf16 and starts at a whole block.
 extern "C" __global__ void nf4_quantize(const void* from, int type, u8* codes, float* scales, i64 elements) {

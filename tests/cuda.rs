@@ -3,6 +3,7 @@
 //! Without a card each test says in one line that it was left out; with `TUNE_GPU` set (as `tests/gpu.sh` does) that
 //! is a failure.
 
+mod cuda_weights;
 mod golden_half;
 mod support;
 mod twin;
@@ -65,55 +66,6 @@ fn uniform(name: &str, count: usize) -> Vec<f32> {
     (0..count).map(|i| random::uniform(key, 0, (i >> 16) as u32, (i & 0xffff) as u32) * 2.0 - 1.0).collect()
 }
 
-const LEVELS: [f32; 16] = [
-    -1.0,
-    -0.696_192_8,
-    -0.525_073_05,
-    -0.394_917_5,
-    -0.284_441_38,
-    -0.184_773_43,
-    -0.091_050_036,
-    0.0,
-    0.079_580_3,
-    0.160_930_2,
-    0.246_112_3,
-    0.337_915_24,
-    0.440_709_83,
-    0.562_617,
-    0.722_956_84,
-    1.0,
-];
-
-/// Values of a 4-bit tensor as the engine gives it out: codes, scale codes, second scales, offset.
-fn unpack(bytes: &[u8], elements: usize) -> Vec<f64> {
-    let blocks = elements.div_ceil(64);
-    let (codes, rest) = bytes.split_at(elements.div_ceil(2));
-    let (scale_codes, rest) = rest.split_at(blocks);
-    let float = |bytes: &[u8]| f64::from(f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
-    let offset = float(&rest[4 * blocks.div_ceil(256)..]);
-    let table = block8::Map::Signed.values();
-    (0..elements)
-        .map(|i| {
-            let code = if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
-            let block = i / 64;
-            let scale = f64::from(table[usize::from(scale_codes[block])]) * float(&rest[4 * (block / 256)..]) + offset;
-            f64::from(LEVELS[usize::from(code)]) * scale
-        })
-        .collect()
-}
-
-/// Codes of blocks of 64: the level nearest to the value over the block's largest magnitude.
-fn codes(values: &[f32]) -> Vec<u8> {
-    let block = |block: &[f32]| {
-        let scale = block.iter().fold(0.0f32, |top, x| top.max(x.abs()));
-        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-        let near =
-            |x: f32| (0..15).filter(move |&i| f64::from(x) > (f64::from(LEVELS[i]) + f64::from(LEVELS[i + 1])) / 2.0);
-        block.iter().map(|x| near(x * inverse).count() as u8).collect::<Vec<_>>()
-    };
-    values.chunks(64).flat_map(block).collect()
-}
-
 fn relative(found: &[f64], expected: &[f64]) -> f64 {
     let difference: f64 = found.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum();
     (difference / expected.iter().map(|b| b * b).sum::<f64>().max(1e-30)).sqrt()
@@ -127,175 +79,6 @@ fn bf16_values(session: &mut dyn Session, id: BufferId) -> Vec<f64> {
     let mut bytes = vec![0; session.plan().workload.buffer(id).bytes() as usize];
     session.read(id, &mut bytes).expect("read");
     bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect()
-}
-
-#[test]
-fn four_bit_weights_are_those_of_bitsandbytes_and_multiply_right() {
-    let Some(target) = card() else { return };
-    // Two projections of one input; rows of a multiple of 64 and not.
-    for (tokens, inputs, outputs) in [(37usize, 576usize, [192usize, 64]), (130, 4096, [1024, 512]), (5, 96, [32, 48])]
-    {
-        let mut builder = WorkloadBuilder::new();
-        builder.begin("case", Role::Micro, tokens);
-        let width = outputs.iter().sum();
-        let input = builder.persistent("input", &[tokens, inputs], DType::BF16, Kind::Input);
-        let grad = builder.persistent("grad_output", &[tokens, width], DType::BF16, Kind::Input);
-        let output = builder.persistent("output", &[tokens, width], DType::BF16, Kind::Output);
-        let grad_input = builder.persistent("grad_input", &[tokens, inputs], DType::BF16, Kind::Output);
-        let mut tensors = HashMap::new();
-        let (mut forward, mut backward, mut ids) = (Vec::new(), Vec::new(), Vec::new());
-        let mut start = 0;
-        for (index, &rows) in outputs.iter().enumerate() {
-            let name = format!("{index}.weight");
-            let weight = builder.persistent(&name, &[rows, inputs], DType::Nf4, Kind::Weight);
-            let values: Vec<f32> = uniform(&name, rows * inputs).iter().map(|v| v * v * v * 0.1).collect();
-            tensors.insert(name, (vec![rows, inputs], values));
-            let columns = |buffer| Columns { buffer, start, width: rows };
-            forward.push(Projection { weight, bias: None, output: columns(output), lora: None });
-            let grad_output = columns(grad);
-            backward.push(ProjectionBackward { weight, grad_output, grad_weight: None, grad_bias: None, lora: None });
-            ids.push(weight);
-            start += rows;
-        }
-        builder.push("forward", Op::Linear { input, projections: forward });
-        builder.push("backward", Op::LinearBackward { input, grad_input: Some(grad_input), projections: backward });
-        builder.end();
-        let plan = plan(builder.finish(), target.clone()).expect("a plan");
-        let tensors = Arc::new(Tensors(tensors));
-        let mut session = open(plan, tensors.clone()).expect("a session");
-        let (x, g) = (uniform("x", tokens * inputs), uniform("g", tokens * width));
-        session.write(input, &bf16_bytes(&x)).expect("write");
-        session.write(grad, &bf16_bytes(&g)).expect("write");
-        session.run(0).expect("run");
-        let mut weights = Vec::new();
-        for &id in &ids {
-            let buffer = session.plan().workload.buffer(id).clone();
-            let mut bytes = vec![0; buffer.bytes() as usize];
-            session.read(id, &mut bytes).expect("read");
-            let (_, values) = &tensors.0[&buffer.name];
-            let expected = codes(values);
-            let found: Vec<u8> =
-                (0..values.len()).map(|i| if i % 2 == 0 { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 }).collect();
-            let differing = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
-            assert!(differing * 100_000 <= values.len(), "{differing} of {} codes differ", values.len());
-            let unpacked = unpack(&bytes, values.len());
-            let original: Vec<f64> = values.iter().map(|&v| f64::from(v)).collect();
-            let loss = relative(&unpacked, &original);
-            assert!(loss < 0.13, "4 bits lose {loss}");
-            weights.extend(unpacked);
-        }
-        let round = |v: &f32| bf16::from_f32(*v).to_f64();
-        let (x, g): (Vec<f64>, Vec<f64>) = (x.iter().map(round).collect(), g.iter().map(round).collect());
-        let mut expected_output = vec![0.0; tokens * width];
-        let mut expected_grad = vec![0.0; tokens * inputs];
-        for t in 0..tokens {
-            for n in 0..width {
-                let row = &weights[n * inputs..(n + 1) * inputs];
-                expected_output[t * width + n] = row.iter().zip(&x[t * inputs..]).map(|(w, x)| w * x).sum();
-                for (to, w) in expected_grad[t * inputs..(t + 1) * inputs].iter_mut().zip(row) {
-                    *to += g[t * width + n] * w;
-                }
-            }
-        }
-        let error = relative(&bf16_values(session.as_mut(), output), &expected_output);
-        assert!(error < 1e-2, "{tokens}x{inputs}: the output is off by {error}");
-        let error = relative(&bf16_values(session.as_mut(), grad_input), &expected_grad);
-        assert!(error < 1e-2, "{tokens}x{inputs}: the gradient is off by {error}");
-    }
-}
-
-/// Value of an e4m3 code.
-fn e4m3(code: u8) -> f64 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f64::from(code & 7));
-    let size =
-        if exponent == 0 { mantissa / 8.0 * 2f64.powi(-6) } else { (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7) };
-    if code & 0x80 == 0 { size } else { -size }
-}
-
-/// Weights in 8-bit floats: codes are the nearest, the weights of an operation share a scale, and both passes multiply.
-#[test]
-fn eight_bit_float_weights_are_the_nearest_and_multiply_right() {
-    let Some(target) = card() else { return };
-    if target.fp8_flops.is_none() {
-        println!("left out: {} has no 8-bit products", target.name);
-        return;
-    }
-    let largest = (0..=0x7e).map(e4m3).fold(0.0, f64::max);
-    assert_eq!(largest, 448.0);
-    for (tokens, inputs, outputs) in [(37usize, 576usize, [192usize, 64]), (130, 4096, [1024, 512]), (1, 96, [32, 48])]
-    {
-        let mut builder = WorkloadBuilder::new();
-        builder.begin("case", Role::Micro, tokens);
-        let width = outputs.iter().sum();
-        let input = builder.persistent("input", &[tokens, inputs], DType::BF16, Kind::Input);
-        let grad = builder.persistent("grad_output", &[tokens, width], DType::BF16, Kind::Input);
-        let output = builder.persistent("output", &[tokens, width], DType::BF16, Kind::Output);
-        let grad_input = builder.persistent("grad_input", &[tokens, inputs], DType::BF16, Kind::Output);
-        let mut tensors = HashMap::new();
-        let (mut forward, mut backward, mut ids) = (Vec::new(), Vec::new(), Vec::new());
-        let mut start = 0;
-        for (index, &rows) in outputs.iter().enumerate() {
-            let name = format!("{index}.weight");
-            let weight = builder.persistent(&name, &[rows, inputs], DType::Fp8, Kind::Weight);
-            let values: Vec<f32> = uniform(&name, rows * inputs).iter().map(|v| v * v * v * 0.1).collect();
-            tensors.insert(name, (vec![rows, inputs], values));
-            let columns = |buffer| Columns { buffer, start, width: rows };
-            forward.push(Projection { weight, bias: None, output: columns(output), lora: None });
-            let grad_output = columns(grad);
-            backward.push(ProjectionBackward { weight, grad_output, grad_weight: None, grad_bias: None, lora: None });
-            ids.push(weight);
-            start += rows;
-        }
-        builder.push("forward", Op::Linear { input, projections: forward });
-        builder.push("backward", Op::LinearBackward { input, grad_input: Some(grad_input), projections: backward });
-        builder.end();
-        let plan = plan(builder.finish(), target.clone()).expect("a plan");
-        let tensors = Arc::new(Tensors(tensors));
-        let mut session = open(plan, tensors.clone()).expect("a session");
-        let (x, g) = (uniform("x", tokens * inputs), uniform("g", tokens * width));
-        session.write(input, &bf16_bytes(&x)).expect("write");
-        session.write(grad, &bf16_bytes(&g)).expect("write");
-        session.run(0).expect("run");
-        let (mut weights, mut scales) = (Vec::new(), Vec::new());
-        for &id in &ids {
-            let buffer = session.plan().workload.buffer(id).clone();
-            let mut bytes = vec![0; buffer.bytes() as usize];
-            session.read(id, &mut bytes).expect("read");
-            let (_, values) = &tensors.0[&buffer.name];
-            let (codes, scale) = bytes.split_at(values.len());
-            let scale = f64::from(f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]));
-            scales.push(scale);
-            for (&code, &value) in codes.iter().zip(values) {
-                // The neighbours of the code are no nearer, but for the last digit of the division.
-                let off = |code: u8| (e4m3(code) * scale - f64::from(value)).abs();
-                let (below, above) =
-                    (code.saturating_sub(u8::from(code & 0x7f > 0)), code + u8::from(code & 0x7f < 0x7e));
-                assert!(off(code) <= off(below).min(off(above)) + 1e-6, "{value} became {}", e4m3(code) * scale);
-                weights.push(e4m3(code) * scale);
-            }
-        }
-        assert_eq!(scales[0], scales[1], "the weights of an operation share a scale");
-        let top = tensors.0.values().flat_map(|(_, values)| values).fold(0.0f32, |top, v| top.max(v.abs()));
-        assert!((scales[0] * 448.0 / f64::from(top) - 1.0).abs() < 1e-6);
-        let round = |v: &f32| bf16::from_f32(*v).to_f64();
-        let (x, g): (Vec<f64>, Vec<f64>) = (x.iter().map(round).collect(), g.iter().map(round).collect());
-        let mut expected_output = vec![0.0; tokens * width];
-        let mut expected_grad = vec![0.0; tokens * inputs];
-        for t in 0..tokens {
-            for n in 0..width {
-                let row = &weights[n * inputs..(n + 1) * inputs];
-                expected_output[t * width + n] = row.iter().zip(&x[t * inputs..]).map(|(w, x)| w * x).sum();
-                for (to, w) in expected_grad[t * inputs..(t + 1) * inputs].iter_mut().zip(row) {
-                    *to += g[t * width + n] * w;
-                }
-            }
-        }
-        for (name, id, expected) in [("output", output, expected_output), ("gradient", grad_input, expected_grad)] {
-            let error = relative(&bf16_values(session.as_mut(), id), &expected);
-            println!("{tokens}x{inputs}: the {name} in 8-bit floats is off by {error:.4}");
-            assert!(error < 5e-2, "{tokens}x{inputs}: the {name} is off by {error}");
-        }
-    }
 }
 
 /// MLPs that work through the tokens in chunks, the last of them shorter, learn as whole ones.
@@ -313,25 +96,31 @@ fn mlps_in_chunks_learn_the_same() {
     }
 }
 
-/// LoRA on 8-bit floats learns as on bf16.
+/// LoRA on 8-bit weights learns as on bf16.
 #[test]
-fn training_in_fp8_follows_bf16() {
+fn training_on_8_bits_follows_bf16() {
     let Some(target) = card() else { return };
-    if target.fp8_flops.is_none() {
-        println!("left out: {} has no 8-bit products", target.name);
-        return;
-    }
     let (expected, _) = train(&target, &open, &lora(None, 0.0), Recompute::All, 1e-3, 20);
-    let (found, norms) = train(&target, &open, &lora(Some(DType::Fp8), 0.0), Recompute::All, 1e-3, 20);
-    println!("losses in bf16 {expected:.4?}\nlosses in fp8 {found:.4?}\nnorms in fp8 {norms:.4?}");
-    // Random weights have no slack, and late losses are small: the fall counts, and each loss by what there was to lose.
-    for (found, expected_loss) in found.iter().zip(&expected) {
-        assert!((found - expected_loss).abs() < 0.05 * expected[0], "{found} beside {expected_loss}");
+    println!("losses in bf16 {expected:.4?}");
+    for dtype in [DType::Fp8, DType::Int8] {
+        if dtype == DType::Fp8 && target.fp8_flops.is_none() {
+            println!("left out: {} has no 8-bit products", target.name);
+            continue;
+        }
+        let name = dtype.name();
+        let (found, norms) = train(&target, &open, &lora(Some(dtype), 0.0), Recompute::All, 1e-3, 20);
+        println!("losses in {name} {found:.4?}\nnorms in {name} {norms:.4?}");
+        // Random weights have no slack, and late losses are small: the fall counts, and each loss by what there was to
+        // lose.
+        for (found, expected_loss) in found.iter().zip(&expected) {
+            assert!((found - expected_loss).abs() < 0.05 * expected[0], "{name}: {found} beside {expected_loss}");
+        }
+        let fall = |losses: &[f64]| losses[0] + losses[1] - losses[18] - losses[19];
+        let apart = (fall(&found) / fall(&expected) - 1.0).abs();
+        assert!(apart < 0.05, "{name}: {} beside {}", fall(&found), fall(&expected));
+        let again = train(&target, &open, &lora(Some(dtype), 0.0), Recompute::Offload, 1e-3, 20);
+        assert_eq!(found, again.0, "{name}: where the inputs of layers wait changes nothing");
     }
-    let fall = |losses: &[f64]| losses[0] + losses[1] - losses[18] - losses[19];
-    assert!((fall(&found) / fall(&expected) - 1.0).abs() < 0.05, "{} beside {}", fall(&found), fall(&expected));
-    let again = train(&target, &open, &lora(Some(DType::Fp8), 0.0), Recompute::Offload, 1e-3, 20);
-    assert_eq!(found, again.0, "where the inputs of layers wait changes nothing");
 }
 
 const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576,

@@ -210,6 +210,26 @@ pub fn scratch_bytes(workload: &Workload, target: &Target) -> u64 {
     bytes.min(SCRATCH_MOST)
 }
 
+/// Workspace that a library of matrix products gets for the main stream: a quarter where all projections are small, whose
+/// products need no more. Zero for engines that multiply themselves.
+pub fn product_workspace(workload: &Workload, target: &Target) -> u64 {
+    if !target.unpacks_weights() {
+        return 0;
+    }
+    let weights = workload.programs.iter().flat_map(|program| &program.steps).flat_map(|step| match &step.op {
+        Op::Linear { projections, .. } => projections.iter().map(|p| p.weight).collect(),
+        Op::LinearBackward { projections, .. } => projections.iter().map(|p| p.weight).collect(),
+        _ => Vec::new(),
+    });
+    let largest = weights.map(|id| workload.buffer(id).elements()).max().unwrap_or(0);
+    if largest < SMALL_WEIGHT { PRODUCT_WORKSPACE / 4 } else { PRODUCT_WORKSPACE }
+}
+
+const PRODUCT_WORKSPACE: u64 = 32 << 20;
+
+/// Elements: four of the weights of a model with a hidden size of 1024.
+const SMALL_WEIGHT: usize = 4 << 20;
+
 const SCRATCH_LEAST: u64 = 8 << 20;
 const SCRATCH_MOST: u64 = 64 << 20;
 
@@ -279,7 +299,7 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
     // What placement loses between buffers is counted as activations.
     let eight_bit = fp8_sizes(&workload);
     let products = if eight_bit == Fp8Sizes::default() { 0 } else { eight_bit.total() };
-    let scratch = scratch_bytes(&workload, &target);
+    let scratch = scratch_bytes(&workload, &target) + product_workspace(&workload, &target);
     bytes.insert(Kind::Workspace.name(), worst.1 + target.library_workspace + scratch + products);
     bytes.insert(Kind::Activation.name(), arena.saturating_sub(worst.1));
     if target.graph_bytes > 0 {

@@ -38,6 +38,23 @@ impl Nf4Parts {
     }
 }
 
+/// A weight in 8-bit integers: where its parts lie.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Int8Parts {
+    /// One a value.
+    pub codes: u64,
+    /// One f32 a row.
+    pub scales: u64,
+    end: u64,
+}
+
+impl Int8Parts {
+    pub fn at(start: u64, elements: u64, rows: u64) -> Self {
+        let scales = (start + elements).next_multiple_of(16);
+        Self { codes: start, scales, end: scales + 4 * rows }
+    }
+}
+
 /// How a buffer is held on this card. Frozen matrices are bf16 whatever the checkpoint has; frozen vectors are bf16
 /// or f32.
 fn stored(buffer: &Buffer, written: bool) -> DType {
@@ -53,6 +70,7 @@ fn stored_bytes(buffer: &Buffer, dtype: DType) -> u64 {
         // The scale comes after the last weight of a linear operation.
         DType::Fp8 => buffer.elements() as u64,
         DType::Nf4 => Nf4Parts::at(0, buffer.elements() as u64).end,
+        DType::Int8 => Int8Parts::at(0, buffer.elements() as u64, buffer.rows() as u64).end,
         _ => dtype.bytes(&buffer.shape),
     }
 }

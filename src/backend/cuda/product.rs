@@ -95,13 +95,6 @@ impl Room {
     fn of(lane: Lane) -> Self {
         if lane == Lane::Main { Room::Whole } else { Room::Side }
     }
-
-    fn bytes(self) -> u64 {
-        match self {
-            Room::Whole => WORKSPACE_BYTES,
-            Room::Side => SIDE_WORKSPACE_BYTES,
-        }
-    }
 }
 
 impl Product {
@@ -195,10 +188,7 @@ impl Drop for Prepared {
     }
 }
 
-/// Bytes of scratch that cuBLASLt may use.
-pub(super) const WORKSPACE_BYTES: u64 = 32 << 20;
-
-/// The same for a product beside others.
+/// Bytes of scratch that cuBLASLt may use for a product beside others.
 pub(super) const SIDE_WORKSPACE_BYTES: u64 = 4 << 20;
 
 /// How many of the library's proposals are timed.
@@ -236,10 +226,10 @@ fn type_of(dtype: DType) -> sys::cudaDataType {
 }
 
 impl Products {
-    /// `tuning`: a table that an earlier session gave.
-    pub fn new(card: &Arc<Card>, tuning: Option<&str>) -> Result<Self, EngineError> {
+    /// `workspace`: bytes of scratch for products on the main stream; `tuning`: a table that an earlier session gave.
+    pub fn new(card: &Arc<Card>, workspace: u64, tuning: Option<&str>) -> Result<Self, EngineError> {
         let made_with = format!(
-            "{}, driver for CUDA {}, cuBLASLt {}, workspace {WORKSPACE_BYTES} and {SIDE_WORKSPACE_BYTES}",
+            "{}, driver for CUDA {}, cuBLASLt {}, workspace {workspace} and {SIDE_WORKSPACE_BYTES}",
             card.name,
             driver_version(),
             version()
@@ -248,7 +238,7 @@ impl Products {
         Ok(Self {
             card: card.clone(),
             handle,
-            workspace: DeviceMemory::new(card, WORKSPACE_BYTES, "cuBLASLt's workspace")?,
+            workspace: DeviceMemory::new(card, workspace, "cuBLASLt's workspace")?,
             sides: DeviceMemory::new(card, SIDES as u64 * SIDE_WORKSPACE_BYTES, "cuBLASLt's workspace")?,
             constants: DeviceMemory::with(card, bytemuck::cast_slice(&[0.0f32, 1.0]), "constants")?,
             tuning: Tuning::new(made_with, tuning),
@@ -301,6 +291,18 @@ impl Products {
             beta: if product.accumulate { one } else { zero },
             product,
         })
+    }
+
+    /// Bytes of scratch on the device.
+    pub fn allocated(&self) -> u64 {
+        self.workspace.bytes + self.sides.bytes
+    }
+
+    fn room_bytes(&self, room: Room) -> u64 {
+        match room {
+            Room::Whole => self.workspace.bytes,
+            Room::Side => SIDE_WORKSPACE_BYTES,
+        }
     }
 
     /// Describes a product and chooses its algorithm: from the table, else by timing the library's proposals on
@@ -392,7 +394,7 @@ impl Products {
                 &mut result,
             )
         };
-        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize as u64 <= room.bytes()
+        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize as u64 <= self.room_bytes(room)
     }
 
     fn proposals(&self, prepared: &Prepared, room: Room) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
@@ -403,7 +405,7 @@ impl Products {
             unsafe { result::set_matmul_pref_attribute(preference, attribute, value, bytes) }
                 .during("describing a preference")
         };
-        let workspace = room.bytes();
+        let workspace = self.room_bytes(room);
         let mut outcome =
             set(A::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), size_of::<u64>());
         let product = &prepared.product;
@@ -444,7 +446,7 @@ impl Products {
         Ok(results[..found as usize]
             .iter()
             .filter(|entry| {
-                entry.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && entry.workspaceSize as u64 <= room.bytes()
+                entry.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && entry.workspaceSize as u64 <= workspace
             })
             .map(|entry| entry.algo)
             .collect())
@@ -472,7 +474,7 @@ impl Products {
         let product = &prepared.product;
         let (workspace, bytes) = match lane {
             Lane::Side(side) => (self.sides.pointer + side as u64 * SIDE_WORKSPACE_BYTES, SIDE_WORKSPACE_BYTES),
-            Lane::Main | Lane::Copies => (self.workspace.pointer, WORKSPACE_BYTES),
+            Lane::Main | Lane::Copies => (self.workspace.pointer, self.workspace.bytes),
         };
         // SAFETY: descriptors are alive, and the matrices lie in memory of the session.
         unsafe {

@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use super::command::{Command, Launch, arguments};
 use super::compile::{Kernels, Variant};
-use super::driver::{Card, DeviceMemory, Event, Graph, SIDES, failed, zero};
+use super::driver::{Card, DeviceMemory, Event, Graph, failed, zero};
 use super::lower::Lowering;
 use super::memory::Memory;
-use super::product::{Products, SIDE_WORKSPACE_BYTES, WORKSPACE_BYTES};
+use super::product::Products;
 use super::tables::Tables;
 use super::weights::{Loader, read_buffer, write_buffer};
 use crate::backend::{EngineError, Session, WeightSource};
+use crate::program::plan::product_workspace;
 use crate::program::{BufferId, Kind, Plan};
 
 /// Bytes that captured programs may take over what the plan has for them.
@@ -78,7 +79,7 @@ impl CudaSession {
         for (id, values) in &plan.workload.constants {
             super::driver::write(&card, memory.address(*id), bytemuck::cast_slice(values))?;
         }
-        let mut products = Products::new(&card, tuning)?;
+        let mut products = Products::new(&card, product_workspace(&plan.workload, &plan.target), tuning)?;
         let mut kept = Vec::new();
         fill_noise(&card, &mut kernels, &memory)?;
         let mut programs = Vec::new();
@@ -195,11 +196,10 @@ fn used_files(plan: &Plan, files: &[&'static str]) -> Vec<&'static str> {
             _ => &[],
         });
     }
-    if plan.workload.buffers.iter().any(|buffer| buffer.dtype == DType::Nf4) {
-        wanted.push("nf4");
-    }
-    if plan.workload.buffers.iter().any(|buffer| buffer.dtype == DType::Fp8) {
-        wanted.push("fp8");
+    for (dtype, file) in [(DType::Nf4, "nf4"), (DType::Int8, "int8"), (DType::Fp8, "fp8")] {
+        if plan.workload.buffers.iter().any(|buffer| buffer.dtype == dtype) {
+            wanted.push(file);
+        }
     }
     files.iter().filter(|file| wanted.contains(file)).copied().collect()
 }
@@ -286,7 +286,7 @@ impl Session for CudaSession {
 
     fn allocated_bytes(&self) -> u64 {
         let kept: u64 = self.kept.iter().map(|memory| memory.bytes).sum();
-        self.memory.allocated() + kept + WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES
+        self.memory.allocated() + kept + self.products.allocated()
     }
 }
 

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::command::{Launch, Slot, arguments};
 use super::compile::Kernels;
 use super::driver::{Card, Event, PinnedMemory, failed, read, unsupported, write};
-use super::memory::{Memory, Nf4Parts};
+use super::memory::{Int8Parts, Memory, Nf4Parts};
 use super::tables::Tables;
 use crate::backend::{EngineError, Tensor, WeightSource};
 use crate::program::{BufferId, DType, Kind, Workload};
@@ -90,9 +90,17 @@ impl<'a> Loader<'a> {
             .ok_or_else(|| unsupported(format!("{name} stored as {}", tensor.dtype.name())))?;
         let elements: usize = tensor.shape.iter().product();
         let element_bytes = tensor.dtype.bytes(&[1]) as usize;
-        // Whole blocks of any quantization in every chunk.
+        // Whole blocks of any quantization in every chunk; 8-bit integers have a scale a row.
         let scratch = self.memory.scratch.bytes;
-        let chunk_elements = STAGE_BYTES.min(scratch as usize) / element_bytes;
+        let mut chunk_elements = STAGE_BYTES.min(scratch as usize) / element_bytes;
+        let rows = tensor.shape.first().copied().unwrap_or(1).max(1);
+        let columns = elements / rows;
+        if stored == DType::Int8 {
+            chunk_elements = chunk_elements / columns.max(1) * columns;
+            if chunk_elements == 0 {
+                return Err(unsupported(format!("{name} in 8-bit integers: rows of {columns} are too long")));
+            }
+        }
         let arrival = self.memory.scratch.pointer;
         let scales = arrival + STAGE_BYTES as u64;
         if stored == DType::Nf4 && 4 * elements.div_ceil(64) as u64 > scratch.saturating_sub(STAGE_BYTES as u64) {
@@ -115,6 +123,13 @@ impl<'a> Loader<'a> {
                     let blocks = count.div_ceil(64).div_ceil(8);
                     let arguments = arguments![arrival, kind, codes, to_scales, count as i64];
                     self.launch("nf4", "nf4_quantize", blocks, 256, arguments)?;
+                }
+                DType::Int8 => {
+                    let parts = Int8Parts::at(address, elements as u64, rows as u64);
+                    let first_row = first / columns.max(1) as u64;
+                    let arguments =
+                        arguments![arrival, kind, parts.codes + first, parts.scales + 4 * first_row, columns as i32];
+                    self.launch("int8", "int8_quantize", count / columns.max(1), 256, arguments)?;
                 }
                 DType::Fp8 => {
                     let arguments = arguments![arrival, kind, self.memory.scale(id), address + first, count as i64];
@@ -265,6 +280,12 @@ pub(super) fn read_buffer(
         let (codes, scale) = bytes.split_at_mut(buffer.elements());
         read(card, address, codes)?;
         return read(card, memory.scale(id), scale);
+    }
+    if stored == DType::Int8 {
+        let (codes, scales) = bytes.split_at_mut(buffer.elements());
+        let parts = Int8Parts::at(address, codes.len() as u64, buffer.rows() as u64);
+        read(card, parts.codes, codes)?;
+        return read(card, parts.scales, scales);
     }
     if stored == buffer.dtype && stored != DType::Nf4 {
         return read(card, address, bytes);

@@ -370,7 +370,7 @@ impl Lowering<'_> {
             let whole = !columns.is_multiple_of(64);
             let fitting = self.memory.scratch.bytes as usize / (2 * grad_output.columns);
             if whole && fitting < columns {
-                return Err(unsupported(format!("4-bit weights with rows of {columns}, not a multiple of 64")));
+                return Err(unsupported(format!("quantized weights with rows of {columns}, not a multiple of 64")));
             }
             let column_blocks = if whole { vec![(0, columns)] } else { blocks(columns, fitting, 64) };
             for (first, count) in column_blocks {
@@ -537,7 +537,7 @@ impl Lowering<'_> {
         weights.iter().all(|&id| self.memory.stored(id) == DType::Fp8)
     }
 
-    /// Whether the weights are in 4 bits: all of them or none.
+    /// Whether the weights are unpacked before products: all of them or none.
     fn all_quantized(&self, weights: &[BufferId]) -> Result<bool, EngineError> {
         if self.all_fp8(weights) {
             return Ok(false);
@@ -546,11 +546,11 @@ impl Lowering<'_> {
         for &id in weights {
             match self.memory.stored(id) {
                 DType::BF16 => {}
-                DType::Nf4 => quantized += 1,
+                DType::Nf4 | DType::Int8 => quantized += 1,
                 other => {
                     let name = &self.workload.buffer(id).name;
                     return Err(unsupported(format!(
-                        "{name} held in {}; products take bf16, nf4 and fp8, one of them an operation",
+                        "{name} held in {}; products take bf16, nf4, int8 and fp8, plain or quantized in one operation",
                         other.name()
                     )));
                 }

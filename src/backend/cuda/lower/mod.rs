@@ -8,8 +8,8 @@ mod elementwise;
 mod fp8;
 mod head;
 mod linear;
-mod nf4;
 mod optimizer;
+mod quantized;
 
 use std::collections::HashMap;
 use std::rc::Rc;

@@ -1,15 +1,16 @@
-//! Frozen weights in 4 bits: unpacked into scratch, a part that fits at a time, before the product that takes them.
+//! Frozen weights in 4-bit floats or 8-bit integers: unpacked into scratch, a part that fits at a time, before the product
+//! that takes them.
 
 use super::Lowering;
 use super::linear::{blocks, forward_product};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::driver::unsupported;
-use crate::backend::cuda::memory::Nf4Parts;
+use crate::backend::cuda::memory::{Int8Parts, Nf4Parts};
 use crate::backend::cuda::product::{Matrix, Product};
 use crate::program::{BufferId, DType};
 
-/// Rows that a block of `nf4_dequantize` works through.
+/// Rows that a block of `nf4_dequantize` and `int8_dequantize` works through.
 const ROWS_OF_BLOCK: usize = 8;
 
 impl Lowering<'_> {
@@ -22,6 +23,24 @@ impl Lowering<'_> {
         to: u64,
     ) -> Result<(), EngineError> {
         let length = self.width(weight);
+        if self.memory.stored(weight) == DType::Int8 {
+            let parts =
+                Int8Parts::at(self.address(weight), (self.rows(weight) * length) as u64, self.rows(weight) as u64);
+            let whole = |columns: usize| columns.is_multiple_of(8);
+            let width = if whole(length) && whole(first_column) && whole(columns) { 8 } else { 1 };
+            let arguments = arguments![
+                parts.codes,
+                parts.scales,
+                to,
+                length as i64,
+                first_row as i64,
+                first_column as i64,
+                columns as i32,
+                rows as i32,
+            ];
+            let grid = [columns.div_ceil(width * 128), rows.div_ceil(ROWS_OF_BLOCK), 1];
+            return self.launch("int8", &format!("int8_dequantize_{width}"), grid, 128, arguments);
+        }
         let parts = Nf4Parts::at(self.address(weight), (self.rows(weight) * length) as u64);
         let tables = self.tables.pointer();
         if length.is_multiple_of(64) && first_column.is_multiple_of(64) && columns.is_multiple_of(64) {
