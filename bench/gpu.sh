@@ -6,8 +6,9 @@
 # memory, 11 steps. Without rows, those of the design's table.
 # Ours is .gpu/step (and .gpu/tune), made by `bash tests/gpu.sh build`; it runs on the first card, one row after the other.
 # The rival is Unsloth through bench/peers/; its packages are in the Python at hand or in the folder PEERS (made by
-# bench/peers/make_site.sh), else it is left out with a line. GPUS=4: its rows run at the same time on the other cards, a
-# queue each, and on the first when ours are done; with one card, after ours.
+# bench/peers/make_site.sh), else it is left out with a line. GPUS=4 (or CARDS="0 1 2 3"): its rows run at the same time on
+# the other cards, a queue each, and on the first when ours are done; with one card, after ours. QUEUE names a folder that
+# says which rows are taken: a call with the same folder and rows, RIVAL=only and a card of its own helps with the rest.
 # RIVAL=only leaves ours out, RIVAL=no the rival; HF=yes adds the rows that the table has of Hugging Face's own stack.
 # LIMIT: seconds after which what still runs is ended and the table printed; PEER_LIMIT: of one row of the rival (300).
 # PROFILE=1 prints where our time goes. RESULTS names a file that results are added to and the table is made from: two
@@ -20,7 +21,7 @@ cd "$(dirname "$0")/.."
 repository=$PWD
 STEPS=${STEPS:-10}
 PEER_LIMIT=${PEER_LIMIT:-300}
-GPUS=${GPUS:-1}
+CARDS=${CARDS:-$(seq -s ' ' 0 $((${GPUS:-1} - 1)))}
 deadline=$(($(date +%s) + ${LIMIT:-86400}))
 if [ $# -eq 0 ]; then
     set -- 8b:lora:2:2048:16.45 1b:lora:4:2048:3.55 135m:lora:8:512:0.595 8b:qlora:8:rows:6.05 8b:qlora:2:2048:6.75 \
@@ -53,7 +54,8 @@ if [ "$rival" != no ] && ! python3 -c 'import importlib.util, sys; sys.exit(impo
 fi
 work=$(mktemp -d)
 logs=${LOGS:-$work/logs}
-mkdir -p "$logs"
+taken=${QUEUE:-$work/queue}
+mkdir -p "$logs" "$taken"
 # The rival reads its weights from files: in memory where there is room for them (8B: 16 GB).
 if [ -z "${MODELS:-}" ]; then
     export MODELS="$work/models"
@@ -73,7 +75,7 @@ weights() { # MODEL
         flock 9
         [ -f "$MODELS/$1/tokenizer.json" ] && exit
         timeout "$PEER_LIMIT" python3 "$repository/bench/peers/peers.py" hf "$1" init 1 1 1
-    ) 9>"$work/weights.$1" >"$logs/weights.$1.log" 2>&1
+    ) 9>"$taken/weights.$1" >"$logs/weights.$1.log" 2>&1
 }
 
 # Fewer steps of a long row: it is measured well enough, and takes seconds.
@@ -129,10 +131,10 @@ peer() { # CARD JOB
     esac
     local started
     started=$(date +%s)
-    limit=$(left)
+    limit=$(($(left) - 10))
     [ "$limit" -gt "$PEER_LIMIT" ] && limit=$PEER_LIMIT
     mkdir -p "$work/in.$1"
-    (cd "$work/in.$1" && exec timeout "$limit" python3 "$repository/bench/peers/$script" "${arguments[@]}") >"$log" 2>&1
+    (cd "$work/in.$1" && exec timeout -k 5 "$limit" python3 "$repository/bench/peers/$script" "${arguments[@]}") >"$log" 2>&1
     code=$?
     if grep -E '^(RESULT|ROWS) ' "$log" >"$work/line.$1"; then
         result <"$work/line.$1"
@@ -150,8 +152,8 @@ queue() { # CARD
     local index=0 job
     for job in ${jobs[@]+"${jobs[@]}"}; do
         index=$((index + 1))
-        [ "$(left)" -ge 40 ] || return
-        mkdir "$work/taken.$index" 2>/dev/null && peer "$1" "$job"
+        [ "$(left)" -ge 50 ] || return
+        mkdir "$taken/$index" 2>/dev/null && peer "$1" "$job"
     done
 }
 
@@ -177,8 +179,9 @@ for _ in range(64): print(json.dumps({"input_ids": [generator.randrange(3, 300) 
 }
 
 workers=()
-if [ "$rival" != no ] && [ "$GPUS" -gt 1 ]; then
-    for card in $(seq 1 $((GPUS - 1))); do
+read -r first others <<<"$CARDS"
+if [ "$rival" != no ]; then
+    for card in $others; do
         queue "$card" &
         workers+=($!)
         # The first rows are of different models: each queue makes one's weights.
@@ -186,20 +189,25 @@ if [ "$rival" != no ] && [ "$GPUS" -gt 1 ]; then
     done
 fi
 if [ "$rival" != only ]; then
+    export CUDA_VISIBLE_DEVICES=$first
     for row in "$@"; do
         echo "== $row"
+        if [ "$(left)" -lt 30 ]; then
+            echo "   left out: the time is over"
+            continue
+        fi
         if [ "$row" = process ]; then
-            CUDA_VISIBLE_DEVICES=0 process
+            process
             continue
         fi
         IFS=: read -r model method batch sequence memory <<<"$row"
-        CUDA_VISIBLE_DEVICES=0 timeout 150 .gpu/step "$model" "$method" "$batch" "$sequence" \
+        timeout 150 .gpu/step "$model" "$method" "$batch" "$sequence" \
             "$(steps "$batch" "$sequence")" "$memory" ${PROFILE:+profile} 2>&1 | tee "$work/ours"
         grep -E '^(RESULT|ROWS) ' "$work/ours" | result
     done
 fi
 if [ "$rival" != no ]; then
-    queue 0 &
+    queue "$first" &
     workers+=($!)
 fi
 for worker in ${workers[@]+"${workers[@]}"}; do wait "$worker"; done

@@ -49,9 +49,13 @@ def curve(plain_path, fp8_path):
 def process(begun, kind, path):
     now = datetime.datetime.now(datetime.timezone.utc).timestamp()
     events = [json.loads(line) for line in open(path) if line.startswith("{")]
-    first = next(e for e in events if e["event"] == "step")
-    at = datetime.datetime.fromisoformat(first["time"].replace("Z", "+00:00")).timestamp()
-    figures = {"peer": "tune", "cache": kind, "seconds": round(now - begun, 1), "first_step_s": round(at - begun, 2)}
+
+    def after(kind):
+        time = next(e["time"] for e in events if e["event"] == kind)
+        return round(datetime.datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp() - begun, 2)
+
+    figures = {"peer": "tune", "cache": kind, "seconds": round(now - begun, 1), "started_s": after("started"),
+               "planned_s": after("plan"), "first_step_s": after("step")}
     print("PROCESS " + json.dumps(figures), flush=True)
 
 
@@ -100,7 +104,9 @@ def table(path):
             print(f"{' '.join(map(str, key)):30} {peer}: {speed:,.1f}, {gib:.2f} GiB")
     for p in processes:
         goals = f" (targets {PROCESS_SECONDS} and {FIRST_STEP_SECONDS})" if p["peer"] == "tune" else ""
-        first = f", first step after {p['first_step_s']} s" if "first_step_s" in p else ""
+        first = ""
+        if "first_step_s" in p:
+            first = f", planned after {p['planned_s']} s, first step after {p['first_step_s']} s"
         cache = f" with a {p['cache']} cache of kernels" if "cache" in p else ""
         print(f"a process with 11 steps of 8B LoRA 2x2048, {p['peer']}{cache}: {p['seconds']} s{first}{goals}")
     if apart:

@@ -67,18 +67,24 @@ impl CudaSession {
         ordinal: usize,
         tuning: Option<&str>,
     ) -> Result<Self, EngineError> {
+        let begun = std::time::Instant::now();
+        let passed = |what: &str| tracing::debug!("{what} after {:.2} s", begun.elapsed().as_secs_f64());
         super::require_libraries()?;
         let card = Card::open(ordinal)?;
+        passed("card open");
         let mut kernels = Kernels::new(&card)?;
         let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
         let used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
         kernels.prepare(&used)?;
+        passed("kernels loaded");
         let memory = Memory::new(&card, &plan)?;
+        passed("memory allocated");
         let tables = Tables::new(&card)?;
         Loader::new(&card, &mut kernels, &memory, &tables)?.load(&plan.workload, weights)?;
         for (id, values) in &plan.workload.constants {
             super::driver::write(&card, memory.address(*id), bytemuck::cast_slice(values))?;
         }
+        passed("weights loaded");
         let mut products = Products::new(&card, product_workspace(&plan.workload, &plan.target), tuning)?;
         let mut kept = Vec::new();
         fill_noise(&card, &mut kernels, &memory)?;
@@ -99,6 +105,7 @@ impl CudaSession {
             }
         }
         card.synchronize()?;
+        passed("launches decided");
         let replays = plan.workload.programs.iter().map(|_| Replay::First).collect();
         Ok(Self { replays, programs, kept, captured: Vec::new(), products, kernels, memory, tables, plan, card })
     }
