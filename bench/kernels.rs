@@ -54,9 +54,9 @@ pub fn run() -> anyhow::Result<()> {
         ceilings.bf16 * 1e-12
     );
     println!("share: of what copy and products allow for the operation's arithmetic and bytes, each operand once");
-    let mut cases = vec![("lora", true), ("qlora", true), ("full", true), ("full", false)];
+    let mut cases = vec![("lora", true), ("qlora", true), ("int8", true), ("full", true), ("full", false)];
     if ceilings.fp8.is_some() {
-        cases.insert(2, ("fp8", true));
+        cases.insert(3, ("fp8", true));
     }
     for (name, eight_bit) in cases {
         println!("{name}, AdamW with {}-bit states", if eight_bit { 8 } else { 32 });
@@ -117,7 +117,7 @@ fn case(ceilings: &Ceilings, method: Method, eight_bit: bool) -> anyhow::Result<
 
 /// Bytes that the kernels which unpack, quantize and transpose move in a program, by kernel.
 fn quantized_bytes(workload: &Workload, program: usize) -> Vec<(&'static str, u64)> {
-    let (mut unpacked, mut operands, mut transposed) = (0, 0, 0);
+    let (mut nf4, mut int8, mut operands, mut transposed) = (0, 0, 0, 0);
     let held = |id: BufferId, dtype: DType| {
         let buffer = workload.buffer(id);
         if buffer.dtype == dtype { buffer.elements() as u64 } else { 0 }
@@ -134,17 +134,18 @@ fn quantized_bytes(workload: &Workload, program: usize) -> Vec<(&'static str, u6
             }
             _ => continue,
         };
-        unpacked += weights.iter().map(|&id| held(id, DType::Nf4)).sum::<u64>();
+        nf4 += weights.iter().map(|&id| held(id, DType::Nf4)).sum::<u64>();
+        int8 += weights.iter().map(|&id| held(id, DType::Int8)).sum::<u64>();
         let eight_bit: u64 = weights.iter().map(|&id| held(id, DType::Fp8)).sum();
         if eight_bit > 0 {
             operands += (rows * columns) as u64;
             transposed += if backward { eight_bit } else { 0 };
         }
     }
-    // Half a byte and 1/64 + 1/4096 of scales in, two bytes out.
-    let nf4 = unpacked * 5 / 2 + unpacked / 64 + unpacked / 4096;
     vec![
-        ("nf4_dequantize", nf4),
+        // Half a byte and 1/64 + 1/4096 of scales in, two bytes out.
+        ("nf4_dequantize", nf4 * 5 / 2 + nf4 / 64 + nf4 / 4096),
+        ("int8_dequantize_8", 3 * int8),
         ("fp8_largest", 2 * operands),
         ("fp8_quantize", 3 * operands),
         ("fp8_transpose", 2 * transposed),

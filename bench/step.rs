@@ -4,8 +4,9 @@
 //! `none`, `cheap` and `all` say what is recomputed; `free` lets the planner search, and a number gives it that many GiB.
 //! SEQUENCE `rows` takes rows of the lengths in bench/alpaca_lengths.json, BATCH of them an update, prompts masked.
 //!
-//! MODEL: 135m, 1b or 8b (Llama shapes, random weights: speed and memory do not depend on them); METHOD: lora, qlora, fp8
-//! (lora on weights in 8-bit floats) or full; `qlora@32` for another rank than 16. All linear layers, AdamW with 8-bit states, packed rows of full length, as the rivals are measured.
+//! MODEL: 135m, 1b or 8b (Llama shapes, random weights: speed and memory do not depend on them); METHOD: lora, qlora, int8
+//! and fp8 (lora on weights in 8 bits) or full; `qlora@32` for another rank than 16. All linear layers, AdamW with 8-bit
+//! states, packed rows of full length, as the rivals are measured.
 //! Prints one line of JSON; with `profile`, milliseconds and floor by kind of operation before it.
 
 mod kernels;
@@ -93,9 +94,10 @@ fn method(kind: &str, rank: usize) -> anyhow::Result<Method> {
     Ok(match kind {
         "lora" => Method::Lora { adapter, weights: None },
         "qlora" => Method::Lora { adapter, weights: Some(DType::Nf4) },
+        "int8" => Method::Lora { adapter, weights: Some(DType::Int8) },
         "fp8" => Method::Lora { adapter, weights: Some(DType::Fp8) },
         "full" => Method::Full,
-        _ => bail!("METHOD is lora, qlora, fp8 or full"),
+        _ => bail!("METHOD is lora, qlora, int8, fp8 or full"),
     })
 }
 

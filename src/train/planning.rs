@@ -273,10 +273,17 @@ impl Search<'_> {
             return Ok(Some((plan, from)));
         }
         let (mut low, mut high) = (from, stages.len() - 1);
-        let mut found = match fitting(high)? {
-            Some(plan) if high > low => plan,
-            _ => return Ok(None),
-        };
+        // Of many sizes the largest fits at the first stage already, and the others add little.
+        if sizes.len() > 1 && low + 1 < high {
+            low += 1;
+            if let Some(plan) = fitting(low)? {
+                return Ok(Some((plan, low)));
+            }
+        }
+        if low == high {
+            return Ok(None);
+        }
+        let Some(mut found) = fitting(high)? else { return Ok(None) };
         while low + 1 < high {
             let middle = usize::midpoint(low, high);
             match fitting(middle)? {

@@ -28,6 +28,16 @@ pub fn doctor() -> Report {
     match super::cards() {
         Ok(cards) => {
             let mut any = false;
+            if !cards.is_empty()
+                && let Some(what) = super::driver::too_old()
+            {
+                usable = false;
+                findings.push(Finding::missing(
+                    "driver's version",
+                    what,
+                    "update NVIDIA's driver, or use --device wgpu",
+                ));
+            }
             for card in cards {
                 let name = format!("card {}", card.ordinal);
                 let (major, minor) = card.capability;

@@ -233,6 +233,18 @@ pub(super) fn copy(card: &Card, lane: Lane, from: u64, to: u64, bytes: u64) -> R
     unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, card.lane(lane)) }.result().during("copying on the card")
 }
 
+/// The oldest driver that has every function called here (the second `cuEventElapsedTime` came with it), as [`version`]
+/// counts.
+pub(super) const OLDEST: i32 = 12_080;
+
+/// Why this machine's driver is too old, if it is.
+pub(super) fn too_old() -> Option<String> {
+    let version = version();
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    let needed = "12.8 (NVIDIA's driver 570) or newer";
+    (version < OLDEST).then(|| format!("the driver runs CUDA {major}.{minor}; the CUDA engine needs {needed}"))
+}
+
 /// The newest CUDA version that the driver runs, times a thousand.
 pub(super) fn version() -> i32 {
     let mut version = 0;

@@ -70,7 +70,10 @@ pub fn cards() -> Result<Vec<CardFacts>, EngineError> {
 /// Fails, saying what to do, when a library is missing.
 fn require_libraries() -> Result<(), EngineError> {
     match library::missing() {
-        None => Ok(()),
+        None => match driver::too_old() {
+            Some(what) => Err(driver::unsupported(format!("{what}; update it, or use --device wgpu"))),
+            None => Ok(()),
+        },
         Some(missing @ library::Library::Driver) => {
             Err(driver::unsupported(format!("{} is not on this machine", missing.name())))
         }

@@ -22,11 +22,6 @@ impl Lowering<'_> {
         }
     }
 
-    /// Whether the warpgroup kernels take this shape on this card.
-    fn hopper(&self, shape: &AttentionShape) -> bool {
-        self.card.capability == (9, 0) && matches!(shape.head_dim, 64 | 128)
-    }
-
     fn attention_forward(&mut self, op: &Op) -> Result<(), EngineError> {
         let Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } = op else {
             return Ok(());
@@ -36,8 +31,8 @@ impl Lowering<'_> {
         let (tokens, d) = (self.rows(*qkv), shape.head_dim);
         let (output, log_sum_exp) = (self.address(*output), self.address(*log_sum_exp));
         let starts = self.address(*document_start);
-        if self.hopper(shape) {
-            let variant = variant("attention_hopper", shape, &[]);
+        let variant = forward_variant(self.card.capability, shape);
+        if hopper(self.card.capability, shape) {
             let map = TensorMap::new(&self.matrix(*qkv), 128)?;
             let section = query_section(shape, tokens);
             let arguments = arguments![output, log_sum_exp, map, starts, tokens as i32, section];
@@ -45,10 +40,8 @@ impl Lowering<'_> {
             let shared = 1280 * d + 20480;
             return self.launch_variant(&variant, "attention_forward_hopper", grid, 384, shared, arguments);
         }
-        let (warps, row_tiles, block_n) = if d <= 128 { (4, 2, 64) } else { (4, 1, 32) };
+        let [warps, row_tiles, block_n] = forward_tiles(d);
         let block_m = 16 * row_tiles * warps;
-        let sizes = [("WARPS", warps), ("ROW_TILES", row_tiles), ("BLOCK_N", block_n)];
-        let variant = variant("attention", shape, &sizes);
         let arguments = arguments![output, log_sum_exp, self.address(*qkv), starts, tokens as i32];
         let grid = [tokens.div_ceil(block_m), shape.heads, 1];
         let shared = (block_m + 2 * block_n) * (2 * d + 16);
@@ -78,21 +71,14 @@ impl Lowering<'_> {
                 .map(|id| self.address(id));
         let count = tokens as i32;
 
-        let (warps, block, passes) = if d <= 128 { (8, 64, 1) } else { (4, 32, 2) };
-        let sizes = [
-            ("KEY_WARPS", warps),
-            ("KEY_BLOCK_M", block),
-            ("KEY_PASSES", passes),
-            ("QUERY_WARPS", warps),
-            ("QUERY_BLOCK_N", block),
-        ];
-        let portable = variant("attention_backward", shape, &sizes);
+        let [warps, block, passes] = backward_tiles(d);
+        let portable = backward_variant(shape);
         let lanes = (d / 8).next_power_of_two().max(8);
         let grid = [(tokens * shape.heads).div_ceil(256 / lanes), 1, 1];
         let arguments = arguments![delta, grad_output_at, output, count];
         self.launch_variant(&portable, "attention_delta", grid, 256, 0, arguments)?;
 
-        if self.hopper(shape) {
+        if hopper(self.card.capability, shape) {
             let hopper = variant("attention_backward_hopper", shape, &[]);
             let (qkv, grad_output) = (self.matrix(*qkv), self.matrix(*grad_output));
             let (qkv_128, qkv_64) = (TensorMap::new(&qkv, 128)?, TensorMap::new(&qkv, 64)?);
@@ -173,6 +159,54 @@ impl Lowering<'_> {
         ];
         self.launch("cached_attention", "cached_attention", [tokens, shape.heads, 1], 128, arguments)
     }
+}
+
+/// Kernel files that an operation needs on a card of this compute capability.
+pub fn files(capability: (i32, i32), op: &Op) -> Vec<Variant> {
+    match op {
+        Op::Attention { shape, .. } => vec![forward_variant(capability, shape)],
+        Op::AttentionBackward { shape, .. } if hopper(capability, shape) => {
+            vec![backward_variant(shape), variant("attention_backward_hopper", shape, &[])]
+        }
+        Op::AttentionBackward { shape, .. } => vec![backward_variant(shape)],
+        _ => Vec::new(),
+    }
+}
+
+/// Whether the warpgroup kernels take this shape.
+fn hopper(capability: (i32, i32), shape: &AttentionShape) -> bool {
+    capability == (9, 0) && matches!(shape.head_dim, 64 | 128)
+}
+
+fn forward_variant(capability: (i32, i32), shape: &AttentionShape) -> Variant {
+    if hopper(capability, shape) {
+        return variant("attention_hopper", shape, &[]);
+    }
+    let [warps, row_tiles, block_n] = forward_tiles(shape.head_dim);
+    variant("attention", shape, &[("WARPS", warps), ("ROW_TILES", row_tiles), ("BLOCK_N", block_n)])
+}
+
+/// The portable kernels; the first of them serves every card.
+fn backward_variant(shape: &AttentionShape) -> Variant {
+    let [warps, block, passes] = backward_tiles(shape.head_dim);
+    let sizes = [
+        ("KEY_WARPS", warps),
+        ("KEY_BLOCK_M", block),
+        ("KEY_PASSES", passes),
+        ("QUERY_WARPS", warps),
+        ("QUERY_BLOCK_N", block),
+    ];
+    variant("attention_backward", shape, &sizes)
+}
+
+/// Warps of a block, tiles of 16 rows of each, keys at a time.
+fn forward_tiles(head_dim: usize) -> [usize; 3] {
+    if head_dim <= 128 { [4, 2, 64] } else { [4, 1, 32] }
+}
+
+/// Warps of a block, rows of the other side at a time, passes over the head's columns.
+fn backward_tiles(head_dim: usize) -> [usize; 3] {
+    if head_dim <= 128 { [8, 64, 1] } else { [4, 32, 2] }
 }
 
 fn check(shape: &AttentionShape) -> Result<(), EngineError> {

@@ -3,7 +3,7 @@
 //! Everything is decided once, when a session opens: kernel variants, grids, pointers, product algorithms. Running
 //! a program is then a walk over a list, or the replay of a graph made from it.
 
-mod attention;
+pub(super) mod attention;
 mod elementwise;
 mod fp8;
 mod head;
