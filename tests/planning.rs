@@ -4,7 +4,7 @@
 use tune::backend::cuda::KnownCard;
 use tune::model::{AdapterOptions, Method, ModelConfig, TrainingOptions, names};
 use tune::program::plan::PlanError;
-use tune::program::{DType, Plan, Target};
+use tune::program::{DType, Plan, Role, Target};
 use tune::train::checkpoint::PlanChoice;
 use tune::train::planning::{PlanningError, RecomputeChoice, Search};
 
@@ -214,4 +214,44 @@ fn plans_give_up_no_more_than_they_must() {
     let small = self::config("llama-3.2-1b");
     let (plan, _) = search(&small, lora(), 2048, 2, &budget(card("H100"), 4.0 * GIB)).expect("a plan");
     assert_eq!(plan.summary.host_bytes, 0);
+}
+
+/// Where computing everything again is not enough: inputs of layers go to the host, over long rows attention's output with
+/// them; what the host cannot hold is won by working in chunks, each of which unpacks the weights anew.
+#[test]
+fn short_memory_takes_the_fastest_way() {
+    let config = config("llama-3.1-8b");
+    let table = 128_256 * 4096 * 2;
+    let within = |gib: f64, tokens: usize| {
+        let mut target = budget(card("H100"), gib * GIB);
+        target.micro_sizes = vec![tokens];
+        target
+    };
+    let target = within(9.85, 16_384);
+    let (plan, choice) = search(&config, qlora(16), 2048, 8, &target).expect("a plan");
+    assert_eq!((choice.mlp_chunks, choice.small_head, choice.kept_attention), (0, false, false));
+    let input = 16_384 * 4096 * 2;
+    assert_eq!(plan.summary.host_bytes, table + choice.offloaded_layers as u64 * input);
+
+    let (_, long) = search(&config, qlora(16), 32_768, 1, &within(13.9, 32_768)).expect("a plan");
+    assert!(long.kept_attention && long.offloaded_layers > 0, "{long:?}");
+
+    let host_memory = Some(4 * input);
+    let (plan, choice) = search(&config, qlora(16), 2048, 8, &Target { host_memory, ..target }).expect("a plan");
+    assert!(choice.mlp_chunks > 1 && choice.offloaded_layers <= 4, "{choice:?}");
+    assert!(plan.summary.host_bytes <= table + 4 * input);
+}
+
+/// A plan counts what captured programs take: of many sizes of a large model only those that the host could not keep up
+/// with, of a small one all.
+#[test]
+fn captured_programs_are_part_of_the_plan() {
+    for (name, method, all) in [("llama-3.1-8b", qlora(16), false), ("smollm2-135m", lora(), true)] {
+        let (plan, choice) = search(&config(name), method, 2048, 1, &card("H100")).expect("a plan");
+        let programs = &plan.summary.programs;
+        assert_eq!(plan.summary.bytes["graphs"], programs.iter().map(|program| program.graph_bytes).sum::<u64>());
+        let micro = programs.iter().filter(|program| program.role == Role::Micro);
+        let captured = micro.filter(|program| program.graph_bytes > 0).count();
+        assert!(captured > 0 && (captured == choice.sizes.len()) == all, "{name}: {captured} of {:?}", choice.sizes);
+    }
 }
