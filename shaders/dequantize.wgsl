@@ -4,7 +4,7 @@
 // element in the upper half of its byte. Scales are offset + map[code] · group scale, 256 to a group (double quantization).
 // INT8: code · scale of the row.
 //
-//   EIGHTS  everything is in eights, which a thread takes at once
+//   EIGHTS  everything is in eights, which a thread takes at once; WORDS  the output is f16, written as words of two
 fn byte(start: u32, i: u32) -> u32 {
   return (weight_get(start + i / 4u) >> ((i % 4u) * 8u)) & 255u;
 }
@@ -18,6 +18,17 @@ fn scale(element: u32) -> f32 {
   return offset + table_get(byte(p.scales, block)) * bitcast<f32>(weight_get(p.group_scales + block / 256u));
 }
 var<workgroup> level: array<f32, 16>;
+#end
+
+#if EIGHTS
+fn put8(i: u32, low: vec4<f32>, high: vec4<f32>) {
+#if WORDS
+  output[i / 8u] = vec4<u32>(pack2x16float(low.xy), pack2x16float(low.zw), pack2x16float(high.xy), pack2x16float(high.zw));
+#else
+  output_put4(i, low);
+  output_put4(i + 4u, high);
+#end
+}
 #end
 
 fn code(word: u32, shift: u32) -> f32 {
@@ -42,12 +53,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #if INT8
     let v = weight_get(element / 4u);
     let w = weight_get(element / 4u + 1u);
-    output_put4(i, s * vec4<f32>(code(v, 0u), code(v, 8u), code(v, 16u), code(v, 24u)));
-    output_put4(i + 4u, s * vec4<f32>(code(w, 0u), code(w, 8u), code(w, 16u), code(w, 24u)));
+    put8(i, s * vec4<f32>(code(v, 0u), code(v, 8u), code(v, 16u), code(v, 24u)),
+         s * vec4<f32>(code(w, 0u), code(w, 8u), code(w, 16u), code(w, 24u)));
 #else
     let w = weight_get(element / 8u);
-    output_put4(i, s * vec4<f32>(code(w, 4u), code(w, 0u), code(w, 12u), code(w, 8u)));
-    output_put4(i + 4u, s * vec4<f32>(code(w, 20u), code(w, 16u), code(w, 28u), code(w, 24u)));
+    put8(i, s * vec4<f32>(code(w, 4u), code(w, 0u), code(w, 12u), code(w, 8u)),
+         s * vec4<f32>(code(w, 20u), code(w, 16u), code(w, 28u), code(w, 24u)));
 #end
   }
 #else

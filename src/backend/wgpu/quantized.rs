@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::adapter::ENGINE;
+use super::kernel::Element;
 use super::lower::Lowering;
 use super::storage::{Place, View};
 use super::tables;
@@ -145,14 +146,19 @@ impl Lowering<'_> {
         let place = Place::Unpacked;
         let unpacked = View { place, offset: 0, dtype, rows: weight.rows, stride: columns, start: 0, width: columns };
         self.reserve_unpacked(&unpacked);
-        let words = (parts.end / 4) as usize;
-        let tensor = View { dtype: DType::U32, rows: 1, stride: words, start: 0, width: words, ..*weight };
+        let all = (parts.end / 4) as usize;
+        let tensor = View { dtype: DType::U32, rows: 1, stride: all, start: 0, width: all, ..*weight };
         let mut call = self.call("dequantize");
         self.bind(&mut call, "weight", &tensor);
         let count = weight.rows * columns;
         let eights = [weight.start, count, columns].iter().all(|number| number.is_multiple_of(8));
-        self.bind_as(&mut call, "output", &unpacked, eights);
-        call.flag("EIGHTS", eights);
+        let words = eights && dtype == DType::F16;
+        if words {
+            self.bind_element(&mut call, "output", &unpacked, Element::F16Words, 16);
+        } else {
+            self.bind_as(&mut call, "output", &unpacked, eights);
+        }
+        call.flag("EIGHTS", eights).flag("WORDS", words);
         if weight.dtype == DType::Int8 {
             call.constant("INT8", 1);
         } else {
@@ -207,14 +213,20 @@ mod tests {
         }
     }
 
-    /// `input · weightᵀ` on the software adapter, with the weight held as `dtype`.
-    fn product(dtype: DType, weight: &[f32], input: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    /// `input · weightᵀ` on the software adapter, with the weight held as `dtype` and unpacked to `compute`.
+    fn product(
+        (dtype, compute): (DType, DType),
+        weight: &[f32],
+        input: &[f32],
+        rows: usize,
+        columns: usize,
+    ) -> Vec<f32> {
         use crate::backend::Session;
         use crate::program::{Columns, Kind, Op, Projection, Role, WorkloadBuilder};
         let tokens = input.len() / columns;
         let adapter = super::super::adapters().iter().find(|adapter| adapter.software).map(|adapter| adapter.index);
         assert!(adapter.is_some(), "no software Vulkan adapter: run tests/mesa.sh");
-        let options = super::super::Options { adapter, compute: Some(DType::F32), portable: true };
+        let options = super::super::Options { adapter, compute: Some(compute), portable: compute == DType::F32 };
         let mut builder = WorkloadBuilder::new();
         let from = builder.persistent("input", &[tokens, columns], DType::F32, Kind::Output);
         let to = builder.persistent("output", &[tokens, rows], DType::F32, Kind::Output);
@@ -241,12 +253,14 @@ mod tests {
             let weight: Vec<f32> = (0..rows * columns).map(number).collect();
             let input: Vec<f32> = (0..3 * columns).map(|i| number(i + 77_777)).collect();
             let unpacked = unpack(&quantize_nf4(&weight, rows, columns), rows, columns);
-            let want = product(DType::F32, &unpacked, &input, rows, columns);
-            let found = product(DType::Nf4, &weight, &input, rows, columns);
-            assert!(want.iter().zip(&found).all(|(a, b)| (a - b).abs() < 1e-4), "{want:?} {found:?}");
-            let exact = product(DType::F32, &weight, &input, rows, columns);
-            let rounded = product(DType::Int8, &weight, &input, rows, columns);
-            assert!(exact.iter().zip(&rounded).all(|(a, b)| (a - b).abs() < 0.05), "{exact:?} {rounded:?}");
+            for (compute, tolerance) in [(DType::F32, 1e-4), (DType::F16, 1e-2)] {
+                let want = product((DType::F32, compute), &unpacked, &input, rows, columns);
+                let found = product((DType::Nf4, compute), &weight, &input, rows, columns);
+                assert!(want.iter().zip(&found).all(|(a, b)| (a - b).abs() < tolerance), "{want:?} {found:?}");
+                let exact = product((DType::F32, compute), &weight, &input, rows, columns);
+                let rounded = product((DType::Int8, compute), &weight, &input, rows, columns);
+                assert!(exact.iter().zip(&rounded).all(|(a, b)| (a - b).abs() < 0.05), "{exact:?} {rounded:?}");
+            }
         }
     }
 }

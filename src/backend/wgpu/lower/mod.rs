@@ -241,7 +241,7 @@ impl<'a> Lowering<'a> {
     }
 
     /// Binds a buffer as an array of `element`, in whole `unit`s of bytes.
-    fn bind_element(&self, call: &mut Call, name: &'static str, view: &View, element: Element, unit: u64) {
+    pub(super) fn bind_element(&self, call: &mut Call, name: &'static str, view: &View, element: Element, unit: u64) {
         let writable = self.storage.is_writable(view.place);
         call.kernel.bindings.push(Binding { name, element, vector: false, writable });
         call.bindings.push((view.place, view.offset, view.bytes().next_multiple_of(unit)));
