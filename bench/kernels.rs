@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use anyhow::Context;
 use tune::backend::cuda::{self, Ceilings};
 use tune::model::{Method, TrainingOptions, training_workload};
 use tune::program::plan::plan;
@@ -75,6 +76,13 @@ fn case(ceilings: &Ceilings, method: Method, eight_bit: bool) -> anyhow::Result<
     let mut session = cuda::open(plan(workload, target)?, Arc::new(Noise::new(&config)), 0)?;
     let programs = set_up(&mut session, BATCH, SEQUENCE)?;
     use tune::backend::Session;
+    for (name, values) in [
+        ("hyper", bytemuck::cast_slice(&[2e-5f32, 0.1, 0.0316, 0.0])),
+        ("random_key", bytemuck::cast_slice(&[7u32, 0, 0, 0])),
+    ] {
+        let id = session.plan().workload.find(name).with_context(|| format!("no buffer {name}"))?;
+        session.write(id, values)?;
+    }
     for _ in 0..2 {
         programs.iter().try_for_each(|&program| session.run(program))?;
     }

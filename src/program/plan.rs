@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::Serialize;
 
-use super::{Access, BufferId, DType, Kind, Op, Program, Role, Target, Workload};
+use super::{Access, BufferId, DType, Kind, Op, Program, ProjectionBackward, Role, Target, Workload};
 
 /// Where a buffer lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -194,7 +194,7 @@ pub fn scratch_bytes(workload: &Workload, target: &Target) -> u64 {
                 (projections.iter().any(|p| unpacked(p.weight) || drops(p)), 0)
             }
             Op::LinearBackward { projections, .. } => {
-                let drops = |p: &super::ProjectionBackward| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_some());
+                let drops = |p: &ProjectionBackward| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_some());
                 let biased = projections.iter().filter(|p| p.grad_bias.is_some());
                 let widest = biased.map(|p| p.grad_output.width).max().unwrap_or(0);
                 (projections.iter().any(|p| unpacked(p.weight) || drops(p)), widest)
@@ -209,26 +209,6 @@ pub fn scratch_bytes(workload: &Workload, target: &Target) -> u64 {
     }
     bytes.min(SCRATCH_MOST)
 }
-
-/// Workspace that a library of matrix products gets for the main stream: a quarter where all projections are small, whose
-/// products need no more. Zero for engines that multiply themselves.
-pub fn product_workspace(workload: &Workload, target: &Target) -> u64 {
-    if !target.unpacks_weights() {
-        return 0;
-    }
-    let weights = workload.programs.iter().flat_map(|program| &program.steps).flat_map(|step| match &step.op {
-        Op::Linear { projections, .. } => projections.iter().map(|p| p.weight).collect(),
-        Op::LinearBackward { projections, .. } => projections.iter().map(|p| p.weight).collect(),
-        _ => Vec::new(),
-    });
-    let largest = weights.map(|id| workload.buffer(id).elements()).max().unwrap_or(0);
-    if largest < SMALL_WEIGHT { PRODUCT_WORKSPACE / 4 } else { PRODUCT_WORKSPACE }
-}
-
-const PRODUCT_WORKSPACE: u64 = 32 << 20;
-
-/// Elements: four of the weights of a model with a hidden size of 1024.
-const SMALL_WEIGHT: usize = 4 << 20;
 
 const SCRATCH_LEAST: u64 = 8 << 20;
 const SCRATCH_MOST: u64 = 64 << 20;
@@ -299,7 +279,7 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
     // What placement loses between buffers is counted as activations.
     let eight_bit = fp8_sizes(&workload);
     let products = if eight_bit == Fp8Sizes::default() { 0 } else { eight_bit.total() };
-    let scratch = scratch_bytes(&workload, &target) + product_workspace(&workload, &target);
+    let scratch = scratch_bytes(&workload, &target);
     bytes.insert(Kind::Workspace.name(), worst.1 + target.library_workspace + scratch + products);
     bytes.insert(Kind::Activation.name(), arena.saturating_sub(worst.1));
     if target.graph_bytes > 0 {
@@ -430,19 +410,27 @@ fn aligned(bytes: u64, alignment: u64) -> u64 {
     bytes.next_multiple_of(alignment)
 }
 
-/// Lets the gradient of a gated product take the place of its input where nothing reads the input any more: gives
-/// (result, input) pairs, whose lives become one.
+/// Lets the gradient of a gated product, or of the input of linear operations that train only LoRA branches, take the place
+/// of the input where nothing reads that any more: gives (result, input) pairs, whose lives become one.
 fn share(workload: &Workload, program: &Program, lives: &mut Vec<Life>) -> Vec<(BufferId, BufferId)> {
     let mut pairs = Vec::new();
     for (at, step) in program.steps.iter().enumerate() {
-        let Op::GluBackward { gate_up, grad_gate_up, .. } = &step.op else { continue };
+        let (input_id, result_id) = match &step.op {
+            Op::GluBackward { gate_up, grad_gate_up, .. } => (*gate_up, *grad_gate_up),
+            Op::LinearBackward { input, grad_input: Some(grad_input), projections }
+                if projections.iter().all(ProjectionBackward::trains_plain_branch) =>
+            {
+                (*input, *grad_input)
+            }
+            _ => continue,
+        };
         let find = |id: BufferId| lives.iter().position(|life| life.buffer == id);
-        let (Some(input), Some(result)) = (find(*gate_up), find(*grad_gate_up)) else { continue };
-        let same = workload.buffer(*gate_up).bytes() == workload.buffer(*grad_gate_up).bytes();
+        let (Some(input), Some(result)) = (find(input_id), find(result_id)) else { continue };
+        let same = workload.buffer(input_id).bytes() == workload.buffer(result_id).bytes();
         if same && lives[input].last == at && lives[result].first == at {
             lives[input].last = lives[result].last;
             lives.remove(result);
-            pairs.push((*grad_gate_up, *gate_up));
+            pairs.push((result_id, input_id));
         }
     }
     pairs

@@ -95,7 +95,8 @@ impl Target {
         self.engine != "cpu"
     }
 
-    /// Whether an element-wise operation may write its result over its own input.
+    /// Whether gradients of gated products, and of the inputs of linear operations that train only LoRA branches, may be
+    /// written over those inputs.
     pub fn works_in_place(&self) -> bool {
         self.engine == "cuda"
     }

@@ -26,9 +26,6 @@ const SIDE: usize = 8192;
 
 const REPEATS: usize = 10;
 
-/// Scratch for cuBLASLt.
-const WORKSPACE: u64 = 32 << 20;
-
 /// Measures a card; it takes a second and 2 GiB.
 ///
 /// # Errors
@@ -59,7 +56,7 @@ pub fn ceilings(ordinal: usize) -> Result<Ceilings, EngineError> {
         Ok::<f64, EngineError>(seconds[REPEATS / 2])
     };
     let copied = median(&|| copy(&card, Lane::Main, from.pointer, to.pointer, BYTES))?;
-    let mut products = Products::new(&card, WORKSPACE, None)?;
+    let mut products = Products::new(&card, None)?;
     let one = DeviceMemory::with(&card, &1.0f32.to_le_bytes(), what)?;
     let mut rate = |dtype: DType| {
         let scale = if dtype == DType::Fp8 { one.pointer } else { 0 };

@@ -12,7 +12,6 @@ use super::product::Products;
 use super::tables::Tables;
 use super::weights::{Loader, read_buffer, write_buffer};
 use crate::backend::{EngineError, Session, WeightSource};
-use crate::program::plan::product_workspace;
 use crate::program::{BufferId, Kind, Plan};
 
 /// Bytes that captured programs may take over what the plan has for them.
@@ -89,7 +88,7 @@ impl CudaSession {
             super::driver::write(&card, memory.address(*id), bytemuck::cast_slice(values))?;
         }
         passed("weights loaded");
-        let mut products = Products::new(&card, product_workspace(&plan.workload, &plan.target), tuning)?;
+        let mut products = Products::new(&card, tuning)?;
         let mut kept = Vec::new();
         fill_noise(&card, &mut kernels, &memory)?;
         let mut programs = Vec::new();

@@ -2,7 +2,7 @@
 
 use super::driver::SIDES;
 use super::driver::{CardFacts, unsupported};
-use super::product::SIDE_WORKSPACE_BYTES;
+use super::product::{SIDE_WORKSPACE_BYTES, WORKSPACE_BYTES};
 use crate::backend::EngineError;
 use crate::program::{DType, Rates, Target};
 
@@ -140,7 +140,7 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
             per_op: 3e-6,
         },
         fp8_flops: fp8.then_some(matrix_tflops * FP8_SPEEDUP * 1e12),
-        library_workspace: SIDES as u64 * SIDE_WORKSPACE_BYTES + (8 << 20),
+        library_workspace: WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES + (8 << 20),
         graph_bytes: GRAPH_BYTES,
         graph_branch_bytes: GRAPH_BRANCH_BYTES,
         bus_bandwidth: bus_gbs * 1e9,

@@ -7,7 +7,7 @@
 use super::{Lowering, fp8};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
-use crate::backend::cuda::driver::{Lane, unsupported};
+use crate::backend::cuda::driver::{Lane, failed, unsupported};
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Projection, ProjectionBackward};
 
@@ -259,13 +259,18 @@ impl Lowering<'_> {
         let mut branch_first = false;
         let mut lanes = [Lane::Main; 2];
         let plain = projections.iter().all(|p| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_none()));
+        // The gradient lies over the input: nothing is written before the branches have read that.
+        let over_input = grad_input.is_some_and(|grad_input| grad_input.pointer == x.pointer);
+        if over_input && !projections.iter().all(ProjectionBackward::trains_plain_branch) {
+            return Err(failed("the gradient of a linear operation lies over an input that it still reads"));
+        }
         if let Some(grad_input) = grad_input
             && plain
         {
             let whole = self.grad_input_parts(grad_input, projections, false)?;
             let whole: Vec<Product> = whole.into_iter().map(|(_, product)| product).collect();
             let branches = self.grad_input_branches(grad_input, projections);
-            branch_first = self.products.second_adds(&branches, &whole)?;
+            branch_first = over_input || self.products.second_adds(&branches, &whole)?;
             lanes = self.lanes(&whole)?;
         }
         for lane in lanes {
@@ -460,6 +465,9 @@ impl Lowering<'_> {
         let pairs = plain.iter().map(|lora| (self.matrix(lora.grad_a), self.columns(lora.grad_middle))).collect();
         self.weight_gradients(x, pairs, lanes[0])?;
         if let Some(grad_input) = grad_input {
+            if grad_input.pointer == x.pointer {
+                self.order(lanes[0], Lane::Main)?;
+            }
             for branch in self.grad_input_branches(grad_input, projections) {
                 let accumulate = branch.accumulate || !branch_first;
                 self.product(Product { accumulate, ..branch })?;
