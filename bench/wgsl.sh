@@ -26,7 +26,7 @@ fi
 row() {
     local model batch sequence recompute method
     case "$1" in
-    check) TUNE_COOPERATIVE_ATTENTION=1 timeout "${LIMIT:-100}" "$BIN" check | grep -v '^ok' ;;
+    check) TUNE_COOPERATIVE_ATTENTION=2 timeout "${LIMIT:-100}" "$BIN" check | grep -v '^ok' ;;
     portable-check) PRECISION=f32 TUNE_WGPU_PORTABLE=1 timeout "${LIMIT:-100}" "$BIN" check | grep -v '^ok' ;;
     products*)
         IFS=, read -ra rows <<<"${1#products}"

@@ -1,5 +1,6 @@
 // attention_backward_key_value.wgsl on cooperative matrices: four subgroups take 16 keys each; queries and gradients of
 // the output come 32 at a time, head after head of those that share the keys (see attention_cooperative.wgsl).
+//   AHEAD  the next queries are on their way through registers, and a fragment of keys or values is read once a tile
 #include attention_mask
 const D4: u32 = HEAD_DIM / 4u;
 const PITCH: u32 = D4 + 2u;
@@ -38,8 +39,80 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var k{d} = coop_mat16x16<f32, C>();
   var v{d} = coop_mat16x16<f32, C>();
 #end
+#if AHEAD
+#for r LOADS
+  let slot{r} = (thread + {r}u * 128u) / D4 * PITCH + (thread + {r}u * 128u) % D4;
+  let from{r} = (thread + {r}u * 128u) / D4;
+  let column{r}4 = (thread + {r}u * 128u) % D4;
+  var next_query{r} = qkv[(first + from{r}) * stride4 + kv_head * p.group * D4 + column{r}4];
+  var next_output{r} = grad_output[(first + from{r}) * output4 + kv_head * p.group * D4 + column{r}4];
+#end
+  let turn = thread % 32u;
+  var next_lse = log_sum_exp_get((first + turn) * p.heads + kv_head * p.group);
+  var next_mean = delta_get((first + turn) * p.heads + kv_head * p.group);
+  var next_lowest = lowest_key(first + turn);
+#end
   for (var head = kv_head * p.group; head < (kv_head + 1u) * p.group; head++) {
     for (var query0 = first; query0 < end; query0 += 32u) {
+#if AHEAD
+#for r LOADS
+      query_tile[slot{r}] = next_query{r};
+      output_tile[slot{r}] = next_output{r};
+#end
+      if (thread < 32u) {
+        lse_row[turn / 4u][turn % 4u] = next_lse;
+        mean_row[turn / 4u][turn % 4u] = next_mean;
+        lowest_row[turn / 4u][turn % 4u] = next_lowest;
+      }
+      workgroupBarrier();
+      {
+        // The next tile; after the last one, some tile that is not used.
+        let more = query0 + 32u < end;
+        let row0 = select(first, query0 + 32u, more);
+        let next_head = min(select(head + 1u, head, more), p.heads - 1u);
+#for r LOADS
+        next_query{r} = qkv[(row0 + from{r}) * stride4 + next_head * D4 + column{r}4];
+        next_output{r} = grad_output[(row0 + from{r}) * output4 + next_head * D4 + column{r}4];
+#end
+        next_lse = log_sum_exp_get((row0 + turn) * p.heads + next_head);
+        next_mean = delta_get((row0 + turn) * p.heads + next_head);
+        next_lowest = lowest_key(row0 + turn);
+      }
+      {
+#for n 2
+        var s{n} = coop_mat16x16<f32, C>();
+        var t{n} = coop_mat16x16<f32, C>();
+#end
+#for d FRAGMENTS
+        {
+          let ia = (first + subgroup * 16u) * stride4 + (p.key_start + kv_head * HEAD_DIM) / 4u + {d}u * 4u;
+          let pa = stride4;
+          let keys = coopLoadT<coop_mat16x16<f16, A>>(&qkv[ia], pa);
+          let ib = (first + subgroup * 16u) * stride4 + (p.value_start + kv_head * HEAD_DIM) / 4u + {d}u * 4u;
+          let pb = stride4;
+          let values = coopLoadT<coop_mat16x16<f16, A>>(&qkv[ib], pb);
+#for n 2
+          let i{n} = {n}u * 16u * PITCH + {d}u * 4u;
+          let p{n} = PITCH;
+          let q{n} = coopLoad<coop_mat16x16<f16, B>>(&query_tile[i{n}], p{n});
+          s{n} = coopMultiplyAdd(keys, q{n}, s{n});
+          let j{n} = {n}u * 16u * PITCH + {d}u * 4u;
+          let o{n} = PITCH;
+          let g{n} = coopLoad<coop_mat16x16<f16, B>>(&output_tile[j{n}], o{n});
+          t{n} = coopMultiplyAdd(values, g{n}, t{n});
+#end
+        }
+#end
+#for n 2
+        let is{n} = subgroup * 144u + {n}u * 4u;
+        let ps{n} = 9u;
+        coopStoreT(s{n}, &score_tile[is{n}], ps{n});
+        let it{n} = subgroup * 144u + {n}u * 4u;
+        let pt{n} = 9u;
+        coopStoreT(t{n}, &grad_tile[it{n}], pt{n});
+#end
+      }
+#else
 #for r LOADS
       {
         let i = thread + {r}u * 128u;
@@ -86,6 +159,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let p3 = 9u;
         coopStoreT(t, &grad_tile[i3], p3);
       }
+#end
 #end
       workgroupBarrier();
 #for v 4

@@ -339,6 +339,9 @@ pub(super) struct Gpu {
     pub compiled: Mutex<HashMap<Kernel, Arc<Compiled>>>,
     /// The driver's compiled pipelines, kept from run to run.
     pub cache: Option<wgpu::PipelineCache>,
+    /// Cooperative matrices are emulated.
+    #[cfg(test)]
+    pub emulates: bool,
 }
 
 /// Devices that this process has opened and that have not failed.
@@ -358,7 +361,7 @@ impl Gpu {
         Ok(gpu)
     }
 
-    fn open(options: &Options) -> Result<Gpu, EngineError> {
+    pub(super) fn open(options: &Options) -> Result<Gpu, EngineError> {
         let adapter = select(options)?;
         let Abilities { limits, features, f16, cooperative, .. } = abilities(&adapter, options)?;
         let experimental = if cooperative {
@@ -400,7 +403,19 @@ impl Gpu {
             // the user's private folder, and agrees with its checksum.
             unsafe { device.create_pipeline_cache(&descriptor) }
         });
-        Ok(Gpu { device, queue, info, limits, f16, cooperative, failure, compiled, cache })
+        Ok(Gpu {
+            device,
+            queue,
+            info,
+            limits,
+            f16,
+            cooperative,
+            failure,
+            compiled,
+            cache,
+            #[cfg(test)]
+            emulates: false,
+        })
     }
 
     /// Writes the pipeline cache.

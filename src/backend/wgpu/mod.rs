@@ -15,6 +15,8 @@
 
 mod adapter;
 mod cache;
+#[cfg(test)]
+mod emulated;
 mod kernel;
 mod lower;
 mod quantized;

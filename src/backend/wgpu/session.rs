@@ -434,6 +434,8 @@ pub(super) fn compile(gpu: &Gpu, kernel: &Kernel) -> Result<Arc<Compiled>, Engin
     }
     let failed = |what: String| EngineError::Device { engine: ENGINE, what: format!("shader {}: {what}", kernel.file) };
     let source = kernel.wgsl().map_err(failed)?;
+    #[cfg(test)]
+    let source = if gpu.emulates && source.contains("coop_mat") { super::emulated::rewrite(&source) } else { source };
     let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
     let descriptor =
         wgpu::ShaderModuleDescriptor { label: Some(kernel.file), source: wgpu::ShaderSource::Wgsl(source.into()) };

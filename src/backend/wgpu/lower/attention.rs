@@ -11,15 +11,26 @@ const TILE: usize = 32;
 /// Rows of a tile on cooperative matrices.
 const WIDE: usize = 64;
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Variant {
+    Threads,
+    /// Cooperative matrices.
+    Fragments,
+    /// The same with the next tile read ahead, backward.
+    Ahead,
+}
+
+const VARIANTS: [(Variant, &str); 3] =
+    [(Variant::Threads, "threads"), (Variant::Fragments, "subgroups"), (Variant::Ahead, "subgroups ahead")];
+
 impl Lowering<'_> {
     pub(super) fn attention(&mut self, op: &Op) -> Result<(), EngineError> {
         match op {
             Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } => {
                 let (qkv, output) = (self.view(*qkv), self.view(*output));
-                let (tile, file) = if self.on_fragments(op, shape, &qkv) {
-                    (WIDE, "attention_cooperative")
-                } else {
-                    (TILE, "attention")
+                let (tile, file) = match self.variant(op, shape, &qkv) {
+                    Variant::Threads => (TILE, "attention"),
+                    _ => (WIDE, "attention_cooperative"),
                 };
                 let mut call = self.masked(file, shape, &qkv, tile);
                 let vector = by_fours(shape, &qkv);
@@ -51,10 +62,10 @@ impl Lowering<'_> {
                 call.number("count", count).number("head_dim", shape.head_dim);
                 self.launch(call, [count.div_ceil(64), 1, 1])?;
                 let vector = by_fours(shape, &qkv);
-                let (tile, files) = if self.on_fragments(op, shape, &qkv) {
-                    (WIDE, ["attention_backward_query_cooperative", "attention_backward_key_value_cooperative"])
-                } else {
-                    (TILE, ["attention_backward_query", "attention_backward_key_value"])
+                let variant = self.variant(op, shape, &qkv);
+                let (tile, files) = match variant {
+                    Variant::Threads => (TILE, ["attention_backward_query", "attention_backward_key_value"]),
+                    _ => (WIDE, ["attention_backward_query_cooperative", "attention_backward_key_value_cooperative"]),
                 };
                 for (file, heads) in files.into_iter().zip([shape.heads, shape.kv_heads]) {
                     let mut call = self.masked(file, shape, &qkv, tile);
@@ -66,6 +77,7 @@ impl Lowering<'_> {
                     self.bind_as(&mut call, "grad_qkv", &self.view(*grad_qkv), vector);
                     let mut rounds = tile_iterations(shape, 2, 1);
                     if file == files[1] {
+                        call.flag("AHEAD", variant == Variant::Ahead);
                         self.bind(&mut call, "document_end", &self.view(*document_end));
                         rounds = tile_iterations(shape, 2, 2) * shape.heads / shape.kv_heads;
                     }
@@ -101,12 +113,11 @@ impl Lowering<'_> {
         }
     }
 
-    /// Whether attention runs on cooperative matrices: where it can and was measured to agree and to be faster, or where
-    /// `TUNE_COOPERATIVE_ATTENTION` is set, for the check. Its tiles came out wrong on an NVIDIA H100
-    /// (`bench/wgsl.sh check`), so no rule chooses it.
-    fn on_fragments(&mut self, op: &Op, shape: &AttentionShape, qkv: &View) -> bool {
+    /// The kernels that attention runs on: what was measured to agree with the threads' and to be the fastest. No rule
+    /// chooses cooperative matrices; `TUNE_COOPERATIVE_ATTENTION` does, for the check: 1 or 2, a number of [`Variant`].
+    fn variant(&mut self, op: &Op, shape: &AttentionShape, qkv: &View) -> Variant {
         if !self.fits_fragments(shape, qkv) {
-            return false;
+            return Variant::Threads;
         }
         let AttentionShape { heads, kv_heads, head_dim, window, softcap, .. } = shape;
         let key = format!(
@@ -114,18 +125,28 @@ impl Lowering<'_> {
             op.name(),
             qkv.rows
         );
-        let names = ["threads", "subgroups"].map(str::to_string).to_vec();
-        let forced = std::env::var_os("TUNE_COOPERATIVE_ATTENTION").is_some();
-        forced || self.choose(key, names, 0, || Work::Attention(Box::new(op.clone()))) == 1
+        let backward = matches!(op, Op::AttentionBackward { .. });
+        let variants = &VARIANTS[..if backward { 3 } else { 2 }];
+        let forced = std::env::var("TUNE_COOPERATIVE_ATTENTION").ok().and_then(|number| number.parse::<usize>().ok());
+        let chosen = match forced {
+            Some(number) => number,
+            None => {
+                let names = variants.iter().map(|variant| variant.1.to_string()).collect();
+                self.choose(key, names, 0, || Work::Attention(Box::new(op.clone())))
+            }
+        };
+        variants[chosen.min(variants.len() - 1)].0
     }
 
     /// Whether attention can run on cooperative matrices: f16, whole tiles, rows of whole fragments.
     fn fits_fragments(&self, shape: &AttentionShape, qkv: &View) -> bool {
+        // Two tiles of 32 rows in f16, two of 64 x 32 in f32, one of those in f16, and a few rows of numbers.
+        let workgroup = 2 * 64 * (shape.head_dim + 8) + 2 * 9216 + 5120 + 512;
         self.facts.cooperative
             && qkv.dtype == DType::F16
             && matches!(shape.head_dim, 16 | 32 | 64 | 128)
             && qkv.rows.is_multiple_of(WIDE)
-            && self.facts.workgroup_bytes >= 42 << 10
+            && self.facts.workgroup_bytes as usize >= workgroup
     }
 
     fn masked(&self, file: &'static str, shape: &AttentionShape, qkv: &View, tile: usize) -> Call {
