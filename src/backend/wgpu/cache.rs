@@ -31,17 +31,21 @@ const CHOSEN: [&str; 14] = [
     "attention_backward_key_value_cooperative",
 ];
 
-/// The file of choices; other shaders are other candidates.
+/// The file of choices.
 fn choices_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
     let folders = directories::ProjectDirs::from("", "", "tune")?;
-    let mut digest = Sha256::new();
     let adapter = format!("{} {} {:?} {} {}", info.vendor, info.device, info.backend, info.driver, info.driver_info);
+    let name = choices_name(&adapter, CHOSEN.iter().filter_map(|name| source(name)));
+    Some(folders.cache_dir().join("wgpu").join(name))
+}
+
+/// Named for the adapter with its driver, and for the shaders: others are other candidates.
+fn choices_name<'a>(adapter: &str, shaders: impl Iterator<Item = &'a str>) -> String {
+    let mut digest = Sha256::new();
     digest.update(adapter.as_bytes());
-    for name in CHOSEN {
-        digest.update(source(name).unwrap_or_default().as_bytes());
-    }
+    shaders.for_each(|text| digest.update(text.as_bytes()));
     let name: String = digest.finalize().as_slice()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    Some(folders.cache_dir().join("wgpu").join(format!("choices-{name}")))
+    format!("choices-{name}")
 }
 
 /// What was measured on this adapter before.
@@ -107,4 +111,20 @@ fn private_folder(folder: &Path) -> std::io::Result<()> {
 #[cfg(not(unix))]
 fn private_folder(folder: &Path) -> std::io::Result<()> {
     fs::create_dir_all(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_are_kept_for_an_adapter_its_driver_and_the_shaders() {
+        let name = |adapter: &str, shaders: [&'static str; 2]| choices_name(adapter, shaders.into_iter());
+        let known = name("4318 9008 Vulkan NVIDIA 580.159.04", ["a", "b"]);
+        assert_eq!(known, name("4318 9008 Vulkan NVIDIA 580.159.04", ["a", "b"]));
+        assert_ne!(known, name("4318 9008 Vulkan NVIDIA 590.1", ["a", "b"]));
+        assert_ne!(known, name("4318 9009 Vulkan NVIDIA 580.159.04", ["a", "b"]));
+        assert_ne!(known, name("4318 9008 Vulkan NVIDIA 580.159.04", ["a", "b2"]));
+        assert!(CHOSEN.iter().all(|name| source(name).is_some()), "every shader that is chosen between is there");
+    }
 }
