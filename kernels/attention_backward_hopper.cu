@@ -43,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < STEP_STAGES; i++) {
             // The copy and the 32 threads that bring log_sum_exp and delta.
             barrier_init(step_full + 8 * i, 33);
-            barrier_init(step_empty + 8 * i, WARPS);
+            // Every lane, for every lane reads the step's statistics.
+            barrier_init(step_empty + 8 * i, 32 * WARPS);
         }
         for (int i = 0; i < 2; i++) {
             barrier_init(tile_full + 8 * i, 1);
@@ -151,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_wait(step_full + 8 * stage.place, stage.parity);
             // All queries of the step may lie before the group's keys (on the diagonal).
             if (m0 + BLOCK_M <= tile.first + group_row) {
-                if (lane == 0) barrier_arrive(step_empty + 8 * stage.place);
+                barrier_arrive(step_empty + 8 * stage.place);
                 continue;
             }
             u32 offset = stage.place * (STEP_BYTES / 16);
@@ -165,9 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           query_columns + offset + slab * (STEP_SLAB / 16) + k * 2, slab + k > 0);
             wgmma_commit();
             wgmma_wait<1>();
-            // All lanes have read the step's statistics before lane 0 gives the stage back.
-            __syncwarp();
-            if (add && lane == 0) barrier_arrive(step_empty + 8 * previous);
+            if (add) barrier_arrive(step_empty + 8 * previous);
             previous = stage.place;
             wgmma_fence();
 #pragma unroll
@@ -245,11 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wgmma_wait<0>();
         keep(grad_value);
         keep(grad_key);
-        __syncwarp();
-        if (lane == 0) {
-            if (add) barrier_arrive(step_empty + 8 * previous);
-            barrier_arrive(tile_used);
-        }
+        if (add) barrier_arrive(step_empty + 8 * previous);
+        if (lane == 0) barrier_arrive(tile_used);
         bf16* head = grad_qkv + (HEADS + tile.head) * HEAD_DIM;
         store_rows<PIECE>(head, QKV_STRIDE, tile.first + warp_row, tokens, warp_staging, grad_key, SCALE, SCALE);
         store_rows<PIECE>(head + KV_HEADS * HEAD_DIM, QKV_STRIDE, tile.first + warp_row, tokens, warp_staging, grad_value,

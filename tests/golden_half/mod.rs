@@ -1,8 +1,8 @@
 //! The golden runs of PyTorch, Transformers and PEFT in fp32 on a card in bf16 or f16: each loss within 1%, and the fall of
 //! the loss on the same batches within 5%. Gradient norms, for which the design has no figure there, are held to 5%.
 //!
-//! PyTorch's own bf16 is not within 1% of its fp32 on SmolLM2 (`tests/reference/make_golden_bf16.py` recorded 1.3%): where it
-//! is not, bf16 here may be a quarter further from fp32 than it.
+//! PyTorch's own bf16 is not that near to its fp32 on SmolLM2 (`tests/reference/make_golden_bf16.py` recorded losses 1.3% off, and a
+//! fall 27% short): where it is not, bf16 here may be a quarter further from fp32 than it.
 //!
 //! SmolLM2 and its golden files are there where `TUNE_SMOLLM2` and `TUNE_ASSETS` say (`tests/gpu.sh` unpacks the model
 //! where it was carried along).
@@ -36,23 +36,46 @@ impl Compared {
         self.norm = self.norm.max(apart(found.1, expected.1));
     }
 
-    fn check(&self, what: &str) {
-        self.check_within(what, LOSS, NORM);
-    }
-
-    fn check_within(&self, what: &str, loss: f64, norm: f64) {
+    /// Adds what is beyond the bounds to the failures.
+    fn check(&self, what: &str, bounds: &Bounds, failures: &mut Vec<String>) {
         println!("{what}: losses within {:.1e}, norms within {:.1e}", self.loss, self.norm);
-        assert!(self.loss <= loss, "{what}: a loss is off by {:.1e}, more than {loss:.1e}", self.loss);
-        assert!(self.norm <= norm, "{what}: a gradient norm is off by {:.1e}, more than {norm:.1e}", self.norm);
+        for (kind, off, bound) in [("loss", self.loss, bounds.loss), ("gradient norm", self.norm, bounds.norm)] {
+            if off > bound {
+                failures.push(format!("{what}: a {kind} is off by {off:.1e}, more than {bound:.1e}"));
+            }
+        }
+    }
+}
+
+/// How far losses, gradient norms and the fall of a run may be from fp32's.
+struct Bounds {
+    loss: f64,
+    norm: f64,
+    fall: f64,
+}
+
+const PLAIN: Bounds = Bounds { loss: LOSS, norm: NORM, fall: FALL };
+
+impl Bounds {
+    fn of(run: &str, target: &Target) -> Self {
+        if target.compute != DType::BF16 {
+            return PLAIN;
+        }
+        let torch = &json(&crate_root().join("tests/fixtures/smollm2-135m-bf16.json"))[run];
+        let bound = |least: f64, key: &str| least.max(1.25 * torch[key].as_f64().expect("a number"));
+        let fall = bound(FALL, "furthest_fall");
+        Self { loss: bound(LOSS, "furthest_loss"), norm: bound(NORM, "furthest_norm"), fall }
     }
 }
 
 /// The fall of the mean loss on the batches of a run, from before it (the golden losses) to after it.
-fn check_fall(what: &str, found: &[f64], before: &[f64], after: &[f64]) {
+fn check_fall(what: &str, [found, before, after]: [&[f64]; 3], bounds: &Bounds, failures: &mut Vec<String>) {
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
     let (fall, golden) = (mean(before) - mean(found), mean(before) - mean(after));
     println!("{what}: the mean loss falls by {fall:.4}, golden {golden:.4}");
-    assert!(relative(fall, golden) <= FALL, "{what}: the loss falls by {fall}, golden {golden}");
+    if relative(fall, golden) > bounds.fall {
+        failures.push(format!("{what}: the loss falls by {fall}, golden {golden}, bound {:.2}", bounds.fall));
+    }
 }
 
 pub fn tiny_models_take_their_steps(target: &Target, device: &Device) {
@@ -71,7 +94,9 @@ pub fn tiny_models_take_their_steps(target: &Target, device: &Device) {
             let number = |key: &str| expected[key].as_f64().expect("a number");
             compared.add((result.loss, result.grad_norm), (number("loss"), number("grad_norm")));
         }
-        compared.check(&format!("tiny {family}, full"));
+        let mut failures = Vec::new();
+        compared.check(&format!("tiny {family}, full"), &PLAIN, &mut failures);
+        assert!(failures.is_empty(), "{failures:?}");
     }
 }
 
@@ -113,19 +138,10 @@ impl Smol {
     }
 }
 
-/// How far losses and gradient norms of a run may be from fp32's.
-fn bounds(run: &str, target: &Target) -> (f64, f64) {
-    if target.compute != DType::BF16 {
-        return (LOSS, NORM);
-    }
-    let torch = &json(&crate_root().join("tests/fixtures/smollm2-135m-bf16.json"))[run];
-    let furthest = |key: &str| torch[key].as_f64().expect("a number");
-    (LOSS.max(1.25 * furthest("furthest_loss")), NORM.max(1.25 * furthest("furthest_norm")))
-}
-
 /// The golden LoRA, `schedule` and full runs; false where the model or the files are not there.
 pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
     let Some(smol) = Smol::open() else { return false };
+    let mut failures = Vec::new();
     let reference = json(&smol.golden.join("lora.json"));
     let (losses, norms) = (numbers(&reference["losses"]), numbers(&reference["grad_norms"]));
     let mut stepper = smol.stepper("lora_init", target, device, |_| ());
@@ -136,10 +152,10 @@ pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
         let result = stepper.update(&[smol.batch(step)], step as u64, 2e-4).expect("an update");
         compared.add((result.loss, result.grad_norm), (losses[step], norms[step]));
     }
-    let (loss, norm) = bounds("lora", target);
-    compared.check_within("SmolLM2, LoRA", loss, norm);
+    let bounds = Bounds::of("lora", target);
+    compared.check("SmolLM2, LoRA", &bounds, &mut failures);
     let found = smol.losses(&mut stepper, after.len());
-    check_fall("SmolLM2, LoRA", &found, &before, &after);
+    check_fall("SmolLM2, LoRA", [&found, &before, &after], &bounds, &mut failures);
     drop(stepper);
 
     let reference = json(&smol.golden.join("schedule.json"));
@@ -158,10 +174,10 @@ pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
         let result = stepper.update(&pair, step as u64, 1e-3 * schedule.factor(step as u64)).expect("an update");
         compared.add((result.loss, result.grad_norm), (losses[step], norms[step]));
     }
-    let (loss, norm) = bounds("schedule", target);
-    compared.check_within("SmolLM2, schedule", loss, norm);
+    let bounds = Bounds::of("schedule", target);
+    compared.check("SmolLM2, schedule", &bounds, &mut failures);
     let found = smol.losses(&mut stepper, after.len());
-    check_fall("SmolLM2, schedule", &found, &before, &after);
+    check_fall("SmolLM2, schedule", [&found, &before, &after], &bounds, &mut failures);
     drop(stepper);
 
     let reference = json(&smol.golden.join("full.json"));
@@ -172,6 +188,7 @@ pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
         let result = stepper.update(&[smol.batch(step)], step as u64, 1e-5).expect("an update");
         compared.add((result.loss, result.grad_norm), (losses[step], norms[step]));
     }
-    compared.check("SmolLM2, full");
+    compared.check("SmolLM2, full", &PLAIN, &mut failures);
+    assert!(failures.is_empty(), "{failures:#?}");
     true
 }
