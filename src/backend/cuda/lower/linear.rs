@@ -82,10 +82,9 @@ impl Lowering<'_> {
                 accumulate: false,
             });
         }
-        let branch_first = !biased && adapted.len() == projections.len() && {
-            let whole = self.whole_products(x, projections)?;
-            self.products.second_adds(&branches, &whole)?
-        };
+        // The other way round the branch would be added to what is rounded to bf16 already, and mostly lost: at the start of
+        // training it is smaller than half a step of bf16 there.
+        let branch_first = !biased && adapted.len() == projections.len();
         // Dropped inputs and partial weights share the scratch: no lane of their own.
         let dropout = adapted.iter().any(|(_, lora)| lora.dropout.is_some());
         let whole = self.whole_products(x, projections)?;
