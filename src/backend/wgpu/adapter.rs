@@ -247,6 +247,24 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> Result<Abilities, En
     Ok(Abilities { limits, features, f16, cooperative, compute })
 }
 
+/// Share of an adapter's memory that a plan may use: its driver, a desktop and pipelines take some.
+const USABLE: f64 = 0.93;
+
+/// Bytes of an adapter's own memory: of the largest heap that Vulkan calls local to the device. None where it is software, and from
+/// Metal and DX12, which are not asked.
+fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
+    /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`.
+    const DEVICE_LOCAL: u32 = 1;
+    // SAFETY: what the guard gives is only read here, and nothing of it is destroyed or kept.
+    let vulkan = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    // SAFETY: the physical device is one of this very instance.
+    let properties = unsafe {
+        vulkan.shared_instance().raw_instance().get_physical_device_memory_properties(vulkan.raw_physical_device())
+    };
+    let heaps = &properties.memory_heaps[..properties.memory_heap_count as usize];
+    heaps.iter().filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0).map(|heap| heap.size).max()
+}
+
 /// Largest binding, in whole 256-byte units.
 pub(super) fn binding_limit(limits: &wgpu::Limits) -> u64 {
     limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) & !255
@@ -275,7 +293,7 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
     Ok(Target {
         name: format!("{} ({:?})", info.name, info.backend),
         engine: ENGINE,
-        memory: None,
+        memory: memory(&adapter).filter(|_| !software).map(|bytes| (bytes as f64 * USABLE) as u64),
         largest_segment: largest,
         alignment: 256,
         compute: abilities.compute,
@@ -431,5 +449,21 @@ impl Gpu {
             .poll(wgpu::PollType::wait_indefinitely())
             .map_err(|error| EngineError::Device { engine: ENGINE, what: error.to_string() })?;
         self.failure.check()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapter_says_how_much_memory_it_has() {
+        for adapter in enumerate() {
+            let info = adapter.get_info();
+            if info.backend == wgpu::Backend::Vulkan {
+                let bytes = memory(&adapter);
+                assert!(bytes.is_some_and(|bytes| bytes >= 64 << 20), "{}: {bytes:?}", info.name);
+            }
+        }
     }
 }
