@@ -533,6 +533,9 @@ fn parquet_gives_the_rows_that_json_lines_give() {
     std::fs::copy(folder.join("rows.jsonl"), beside.path().join("train.jsonl")).unwrap();
     std::fs::copy(folder.join("zstd.parquet"), beside.path().join("train.parquet")).unwrap();
     assert_eq!(load(&spec(beside.path()), &tiny()).unwrap().train.len(), 40, "one table in two formats");
+    // Brotli, which nobody's tools write by default, is refused with the way out.
+    let error = load(&spec(&folder.join("brotli.parquet")), &tiny()).unwrap_err();
+    assert!(error.to_string().contains("brotli") && error.hint().contains("zstd"), "{error}");
     let cut = beside.path().join("cut.parquet");
     std::fs::write(&cut, &std::fs::read(folder.join("none.parquet")).unwrap()[..2000]).unwrap();
     let error = load(&spec(&cut), &tiny()).unwrap_err().to_string();

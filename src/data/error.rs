@@ -72,4 +72,4 @@ impl DataError {
 }
 
 /// What the reader opens, for messages.
-pub const READABLE: &str = ".json, .jsonl, .ndjson, .csv, .tsv, .txt, .md, each also as .xz";
+pub const READABLE: &str = ".parquet, and .json, .jsonl, .ndjson, .csv, .tsv, .txt, .md, each of these also as .xz";

@@ -16,17 +16,19 @@ use super::read::Record;
 /// When the file is not parquet, is cut off, or uses a compression that is not read; the message says which.
 pub fn records(path: &Path) -> Result<Vec<Record>, DataError> {
     let file = File::open(path).map_err(|error| DataError::Read { path: path.into(), what: error.to_string() })?;
-    let broken = |what: String| DataError::Unreadable { path: path.into(), what };
-    let reader =
-        SerializedFileReader::new(file).map_err(|error| broken(format!("not a whole parquet file: {error}")))?;
-    let rows = reader.get_row_iter(None).map_err(|error| broken(error.to_string()))?;
+    let broken =
+        |what: String, hint: &str| DataError::Unsupported { path: path.display().to_string(), what, hint: hint.into() };
+    let reader = SerializedFileReader::new(file)
+        .map_err(|error| broken(format!("not a whole parquet file: {error}"), "fetch or write it again"))?;
+    let unread =
+        |what: String| broken(what, "write it anew, compressed with snappy, gzip, lz4 or zstd, or as JSON lines");
+    let rows = reader.get_row_iter(None).map_err(|error| unread(error.to_string()))?;
     rows.enumerate()
         .map(|(index, row)| {
-            let broken = |what: String| DataError::Content { path: path.into(), what };
-            let row = row.map_err(|error| broken(format!("row {} cannot be read: {error}", index + 1)))?;
+            let row = row.map_err(|error| unread(format!("row {} cannot be read: {error}", index + 1)))?;
             match row.to_json_value() {
                 Value::Object(fields) => Ok(Record { fields, line: index + 1 }),
-                _ => Err(broken(format!("row {} has no columns", index + 1))),
+                _ => Err(unread(format!("row {} has no columns", index + 1))),
             }
         })
         .collect()

@@ -25,6 +25,6 @@ rows = [
 # Two row groups, dictionaries where strings repeat, and a column of a kind that JSON has not.
 made = pyarrow.array([datetime.datetime(2026, 1, 1, 0, 0, n) for n in range(40)], pyarrow.timestamp("us"))
 table = pyarrow.Table.from_pylist(rows).append_column("made", made)
-for compression in ["none", "snappy", "gzip", "zstd", "lz4"]:
+for compression in ["none", "snappy", "gzip", "zstd", "lz4", "brotli"]:
     pyarrow.parquet.write_table(table, out / f"{compression}.parquet", compression=compression, row_group_size=25)
 (out / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

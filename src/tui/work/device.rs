@@ -40,7 +40,7 @@ pub fn choose(device: &str, precision: &str) -> Answer {
 }
 
 fn ask(device: &str, precision: &str) -> Answer {
-    let failed = |error: String| format!("no process could look for devices: {error}");
+    let failed = |error: String| format!("no process could look for devices: {error}; see what `tune doctor` says");
     let output = std::env::current_exe()
         .and_then(|program| {
             Command::new(program)
