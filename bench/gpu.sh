@@ -24,7 +24,7 @@ PEER_LIMIT=${PEER_LIMIT:-300}
 CARDS=${CARDS:-$(seq -s ' ' 0 $((${GPUS:-1} - 1)))}
 deadline=$(($(date +%s) + ${LIMIT:-86400}))
 if [ $# -eq 0 ]; then
-    set -- 8b:lora:2:2048:16.45 1b:lora:4:2048:3.55 135m:lora:8:512:0.595 8b:qlora:8:rows:6.05 8b:qlora:2:2048:6.75 \
+    set -- 8b:lora:2:2048:16.45 1b:lora:4:2048:3.55 135m:lora:8:512:0.597 8b:qlora:8:rows:6.05 8b:qlora:2:2048:6.75 \
         8b:qlora:8:2048:9.85 8b:lora:2:2048:none 1b:full:4:2048:7.65 8b:qlora:1:32768:13.9 135m:lora:8:rows:free \
         135m:full:8:512:free 8b:qlora:91:rows:6.85 8b:fp8:2:2048:none 135m:lora:8:512:none 1b:lora:4:2048:none \
         1b:full:4:2048:free process

@@ -70,14 +70,6 @@ pub struct ProjectionBackward {
     pub lora: Option<LoraBackward>,
 }
 
-impl ProjectionBackward {
-    /// Whether nothing but a LoRA branch without dropout is trained: the operation's input is then read only before the
-    /// gradient of it is written, and may have its place.
-    pub fn trains_plain_branch(&self) -> bool {
-        self.grad_weight.is_none() && self.lora.as_ref().is_some_and(|lora| lora.dropout.is_none())
-    }
-}
-
 /// With `g = scale · grad_output · b` (`[T, r]`): `grad_a += gᵀ · drop(input)`,
 /// `grad_b += scale · grad_outputᵀ · middle`, `grad_input += drop'(g · a)`.
 #[derive(Clone, Debug, Serialize)]

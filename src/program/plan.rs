@@ -186,7 +186,9 @@ pub fn scratch_bytes(workload: &Workload, target: &Target) -> u64 {
         return 0;
     }
     let unpacked = |id: BufferId| matches!(workload.buffer(id).dtype, DType::Nf4 | DType::Int8);
-    let mut bytes = SCRATCH_LEAST;
+    // Converted weights arrive there in pieces, of which a small model needs no large ones.
+    let weights: u64 = workload.of_kind(Kind::Weight).map(|(_, buffer)| buffer.bytes()).sum();
+    let mut bytes = (weights / 128).clamp(SCRATCH_LEAST, 4 * SCRATCH_LEAST).next_multiple_of(1 << 20);
     for step in workload.programs.iter().flat_map(|program| &program.steps) {
         let (whole, summed) = match &step.op {
             Op::Linear { projections, .. } => {
@@ -210,7 +212,7 @@ pub fn scratch_bytes(workload: &Workload, target: &Target) -> u64 {
     bytes.min(SCRATCH_MOST)
 }
 
-const SCRATCH_LEAST: u64 = 8 << 20;
+const SCRATCH_LEAST: u64 = 2 << 20;
 const SCRATCH_MOST: u64 = 64 << 20;
 
 /// Rows of partial sums for the sums of columns.
@@ -410,27 +412,20 @@ fn aligned(bytes: u64, alignment: u64) -> u64 {
     bytes.next_multiple_of(alignment)
 }
 
-/// Lets the gradient of a gated product, or of the input of linear operations that train only LoRA branches, take the place
-/// of the input where nothing reads that any more: gives (result, input) pairs, whose lives become one.
+/// Lets the gradient of a gated product take the place of its input where nothing reads the input any more: gives
+/// (result, input) pairs, whose lives become one. Not so in linear operations, where the same holds for LoRA branches: what
+/// runs beside the large product would have to come before it.
 fn share(workload: &Workload, program: &Program, lives: &mut Vec<Life>) -> Vec<(BufferId, BufferId)> {
     let mut pairs = Vec::new();
     for (at, step) in program.steps.iter().enumerate() {
-        let (input_id, result_id) = match &step.op {
-            Op::GluBackward { gate_up, grad_gate_up, .. } => (*gate_up, *grad_gate_up),
-            Op::LinearBackward { input, grad_input: Some(grad_input), projections }
-                if projections.iter().all(ProjectionBackward::trains_plain_branch) =>
-            {
-                (*input, *grad_input)
-            }
-            _ => continue,
-        };
+        let Op::GluBackward { gate_up, grad_gate_up, .. } = &step.op else { continue };
         let find = |id: BufferId| lives.iter().position(|life| life.buffer == id);
-        let (Some(input), Some(result)) = (find(input_id), find(result_id)) else { continue };
-        let same = workload.buffer(input_id).bytes() == workload.buffer(result_id).bytes();
+        let (Some(input), Some(result)) = (find(*gate_up), find(*grad_gate_up)) else { continue };
+        let same = workload.buffer(*gate_up).bytes() == workload.buffer(*grad_gate_up).bytes();
         if same && lives[input].last == at && lives[result].first == at {
             lives[input].last = lives[result].last;
             lives.remove(result);
-            pairs.push((result_id, input_id));
+            pairs.push((*grad_gate_up, *gate_up));
         }
     }
     pairs

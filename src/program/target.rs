@@ -95,8 +95,7 @@ impl Target {
         self.engine != "cpu"
     }
 
-    /// Whether gradients of gated products, and of the inputs of linear operations that train only LoRA branches, may be
-    /// written over those inputs.
+    /// Whether an element-wise operation may write its result over its own input.
     pub fn works_in_place(&self) -> bool {
         self.engine == "cuda"
     }

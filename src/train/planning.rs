@@ -351,8 +351,7 @@ impl Search<'_> {
             .collect();
         let mut target = self.target.clone();
         if stage.small_head {
-            let row = target.compute.bytes(&[self.config.vocab_size]);
-            target.logits_bytes = target.logits_bytes.min(SMALL_HEAD_BYTES).min(SMALL_HEAD_ROWS * row);
+            target.logits_bytes = target.logits_bytes.min(SMALL_HEAD_BYTES);
         }
         if stage.half_gradients {
             target.gradients = DType::BF16;
@@ -430,9 +429,6 @@ pub fn update_tokens(lengths: &[usize], batch: usize) -> usize {
 /// Bytes of logits in a small chunk of the head: 256 rows of the largest vocabularies, under which a pass over the head's
 /// weight takes longer than its product.
 const SMALL_HEAD_BYTES: u64 = 64 << 20;
-
-/// Rows that are enough for a product with any head.
-const SMALL_HEAD_ROWS: u64 = 512;
 
 /// Every second of ascending sizes, the last among them.
 fn every_second(sizes: &[usize]) -> Vec<usize> {

@@ -1,7 +1,7 @@
 //! The driver API as owned values: the opened card, memory, events, graphs. Errors carry what was being done.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -233,15 +233,28 @@ pub(super) fn copy(card: &Card, lane: Lane, from: u64, to: u64, bytes: u64) -> R
     unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, card.lane(lane)) }.result().during("copying on the card")
 }
 
-/// The oldest driver that has every function called here (the second `cuEventElapsedTime` came with it), as [`version`]
-/// counts.
-pub(super) const OLDEST: i32 = 12_080;
+type ElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+
+/// `cuEventElapsedTime` as all drivers have it; the bindings know only the second one, which came with CUDA 12.8.
+fn elapsed_time() -> Result<ElapsedTime, EngineError> {
+    static FOUND: OnceLock<Option<ElapsedTime>> = OnceLock::new();
+    let find = || {
+        // SAFETY: the name is a C string; the driver is loaded, with its names for all to see.
+        let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"cuEventElapsedTime".as_ptr()) };
+        // SAFETY: the driver's function of this name has this type.
+        (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, ElapsedTime>(found) })
+    };
+    FOUND.get_or_init(find).ok_or_else(|| failed("the driver has no cuEventElapsedTime"))
+}
+
+/// The oldest driver that has every function called here (`cuTensorMapEncodeTiled` came with it), as [`version`] counts.
+pub(super) const OLDEST: i32 = 12_000;
 
 /// Why this machine's driver is too old, if it is.
 pub(super) fn too_old() -> Option<String> {
     let version = version();
     let (major, minor) = (version / 1000, version % 1000 / 10);
-    let needed = "12.8 (NVIDIA's driver 570) or newer";
+    let needed = "12.0 (NVIDIA's driver 525) or newer";
     (version < OLDEST).then(|| format!("the driver runs CUDA {major}.{minor}; the CUDA engine needs {needed}"))
 }
 
@@ -345,8 +358,10 @@ impl Event {
 
     /// Milliseconds from this event to a later one; both have passed.
     pub fn milliseconds_until(&self, later: &Event) -> Result<f32, EngineError> {
-        // SAFETY: both events are alive.
-        unsafe { result::event::elapsed(self.event, later.event) }.during("reading a time")
+        let mut milliseconds = 0.0;
+        // SAFETY: both events are alive, and the pointer is a live number.
+        unsafe { elapsed_time()?(&mut milliseconds, self.event, later.event) }.result().during("reading a time")?;
+        Ok(milliseconds)
     }
 }
 

@@ -327,6 +327,12 @@ impl Failure {
         }
     }
 
+    /// The device is gone. Memory that runs out inside of a submission takes it along.
+    pub(super) fn lost(&self, message: &str) {
+        let memory = message.to_lowercase().contains("out of memory");
+        self.set(memory, format!("the device was lost: {message}"));
+    }
+
     /// The error, if there was one; it stays.
     pub fn check(&self) -> Result<(), EngineError> {
         let slot =
@@ -408,11 +414,7 @@ impl Gpu {
             other => uncaptured.set(false, other.to_string()),
         }));
         let lost = failure.clone();
-        device.set_device_lost_callback(move |reason, message| {
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                lost.set(false, format!("the device was lost: {message}"));
-            }
-        });
+        device.set_device_lost_callback(move |_, message| lost.lost(&message));
         let (info, compiled) = (adapter.get_info(), Mutex::default());
         let cache = features.contains(wgpu::Features::PIPELINE_CACHE).then(|| {
             let data = cache::load(&info);

@@ -118,8 +118,8 @@ impl WgpuSession {
             return Self::open_on(gpu, plan, weights, choices, false);
         }
         match Self::open_on(gpu, plan.clone(), Arc::clone(&weights), choices.clone(), true) {
-            // A candidate may have taken the device with it: rules decide on a new one.
-            Err(EngineError::Device { .. }) => Self::open_on(Gpu::shared(options)?, plan, weights, choices, false),
+            // A candidate may have taken the device or its memory with it: rules decide on a new one.
+            Err(EngineError::Device { .. } | EngineError::OutOfMemory { .. }) => Self::open_on(Gpu::shared(options)?, plan, weights, choices, false),
             opened => opened,
         }
     }
@@ -507,4 +507,69 @@ pub(super) fn bind_group(
         layout: &compiled.layout,
         entries: &entries,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Tensor;
+    use crate::program::{Op, Role, WorkloadBuilder, plan::plan};
+
+    struct Nothing;
+
+    impl WeightSource for Nothing {
+        fn tensor(&self, name: &str) -> Result<Tensor<'_>, EngineError> {
+            Err(EngineError::Weight { name: name.into(), what: "is not there".into() })
+        }
+    }
+
+    /// A session of one operation on a device of its own, and the number that it zeroes.
+    fn session() -> (WgpuSession, BufferId) {
+        let options = Options { adapter: Some(0), compute: Some(DType::F32), portable: true };
+        let target = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
+        let mut builder = WorkloadBuilder::new();
+        let scalar = builder.persistent("x", &[1], DType::F32, Kind::Scalar);
+        builder.begin("nothing", Role::Update, 0);
+        builder.push("zero", Op::Zero { buffers: vec![scalar] });
+        builder.end();
+        let plan = plan(builder.finish(), target).expect("a plan");
+        let gpu = Arc::new(Gpu::open(&options).expect("opens"));
+        (WgpuSession::open_on(gpu, plan, Arc::new(Nothing), Choices::new(), false).expect("opens"), scalar)
+    }
+
+    #[test]
+    fn a_lost_device_is_an_error_that_stays_and_a_new_one_opens() {
+        let (mut session, scalar) = session();
+        session.write(scalar, &1.0f32.to_le_bytes()).expect("writes");
+        session.run(0).expect("runs");
+        session.gpu.device.destroy();
+        let lost = |result: Result<(), EngineError>| {
+            assert!(matches!(&result, Err(EngineError::Device { what, .. }) if what.contains("lost")), "{result:?}");
+        };
+        lost(session.run(0).and_then(|()| session.synchronize()));
+        lost(session.read(scalar, &mut [0; 4]));
+        lost(session.write(scalar, &[0; 4]));
+        let (mut session, scalar) = self::session();
+        session.run(0).expect("runs");
+        let mut bytes = [1; 4];
+        session.read(scalar, &mut bytes).expect("reads");
+        assert_eq!(bytes, [0; 4]);
+    }
+
+    #[test]
+    fn an_invalid_use_of_the_device_is_an_error_of_the_session() {
+        let (mut session, _) = session();
+        let buffer = session.memory.slabs[0].clone();
+        session.gpu.queue.write_buffer(&buffer, buffer.size(), &[0; 4]);
+        let error = session.synchronize();
+        assert!(matches!(&error, Err(EngineError::Device { .. })), "{error:?}");
+        assert!(session.run(0).is_err(), "the session goes on");
+    }
+
+    #[test]
+    fn memory_that_runs_out_under_way_is_named() {
+        let failure = super::super::adapter::Failure::default();
+        failure.lost("Out of memory");
+        assert!(matches!(failure.check(), Err(EngineError::OutOfMemory { .. })));
+    }
 }

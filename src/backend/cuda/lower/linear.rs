@@ -7,7 +7,7 @@
 use super::{Lowering, fp8};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
-use crate::backend::cuda::driver::{Lane, failed, unsupported};
+use crate::backend::cuda::driver::{Lane, unsupported};
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Projection, ProjectionBackward};
 
@@ -58,21 +58,53 @@ pub(super) fn join(pairs: impl IntoIterator<Item = Pair>) -> Vec<Pair> {
 }
 
 impl Lowering<'_> {
+    /// `output = input · weightᵀ (+ bias)`, with the LoRA branch `scale · drop(input) · aᵀ · bᵀ` where there is one. The branch is
+    /// written first, and the whole product adds to it before it rounds: the other way round it would be added to what is
+    /// rounded to bf16 already, and mostly lost, for at the start of training it is smaller than half a step of bf16 there.
     pub(super) fn linear(&mut self, input: BufferId, projections: &[Projection]) -> Result<(), EngineError> {
         self.expect("linear", &[input], DType::BF16)?;
         let x = self.matrix(input);
-        let biased = projections.iter().any(|projection| projection.bias.is_some());
-        for projection in projections.iter().filter(|projection| projection.bias.is_some()) {
-            self.broadcast_bias(projection)?;
-        }
         let adapted: Vec<(&Projection, &Lora)> = projections
             .iter()
             .filter_map(|projection| projection.lora.as_ref().map(|lora| (projection, lora)))
             .collect();
-        let mut branches = Vec::new();
-        for (projection, lora) in &adapted {
+        for (_, lora) in &adapted {
             self.expect("linear", &[lora.a, lora.b, lora.middle.buffer], DType::BF16)?;
-            branches.push(Product {
+        }
+        let plain = adapted.iter().filter(|(_, lora)| lora.dropout.is_none());
+        let pairs: Vec<Pair> = plain.map(|(_, lora)| (self.matrix(lora.a), self.columns(lora.middle))).collect();
+        self.forward_products(x, pairs, false)?;
+        for (_, lora) in &adapted {
+            if let Some(dropout) = lora.dropout {
+                self.dropped_middle(x, lora, dropout)?;
+            }
+        }
+        self.branches(x, projections, &adapted)?;
+        // Only projections alike may be joined.
+        for has_branch in [false, true] {
+            let alike: Vec<&Projection> = projections.iter().filter(|p| p.lora.is_some() == has_branch).collect();
+            self.whole(x, &alike, has_branch)?;
+        }
+        projections.iter().try_for_each(|projection| self.add_bias(projection))
+    }
+
+    /// `output = scale · middle · bᵀ`, each in columns of its own: beside each other where products are short.
+    fn branches(
+        &mut self,
+        x: Matrix,
+        projections: &[Projection],
+        adapted: &[(&Projection, &Lora)],
+    ) -> Result<(), EngineError> {
+        let mut lanes = vec![Lane::Main];
+        if adapted.len() > 1 {
+            let whole = self.whole_products(x, projections)?;
+            lanes.extend(self.lanes(&whole)?.into_iter().take(adapted.len() - 1));
+        }
+        for &lane in &lanes[1..] {
+            self.order(Lane::Main, lane)?;
+        }
+        for (index, (projection, lora)) in adapted.iter().enumerate() {
+            let branch = Product {
                 left: self.columns(lora.middle),
                 left_transposed: false,
                 right: self.matrix(lora.b),
@@ -80,44 +112,10 @@ impl Lowering<'_> {
                 output: self.columns(projection.output),
                 alpha: Alpha::Device(self.address(lora.scale)),
                 accumulate: false,
-            });
+            };
+            self.product_on(branch, lanes[index % lanes.len()])?;
         }
-        // The other way round the branch would be added to what is rounded to bf16 already, and mostly lost: at the start of
-        // training it is smaller than half a step of bf16 there.
-        let branch_first = !biased && adapted.len() == projections.len();
-        // Dropped inputs and partial weights share the scratch: no lane of their own.
-        let dropout = adapted.iter().any(|(_, lora)| lora.dropout.is_some());
-        let whole = self.whole_products(x, projections)?;
-        let lanes = if dropout || adapted.is_empty() { [Lane::Main; 2] } else { self.lanes(&whole)? };
-        self.order(Lane::Main, lanes[0])?;
-        let plain = adapted.iter().filter(|(_, lora)| lora.dropout.is_none());
-        let pairs: Vec<Pair> = plain.map(|(_, lora)| (self.matrix(lora.a), self.columns(lora.middle))).collect();
-        self.forward_products(x, pairs, false, lanes[0])?;
-        if !branch_first {
-            self.whole(x, projections, biased, false)?;
-        }
-        self.order(lanes[0], Lane::Main)?;
-        for (_, lora) in &adapted {
-            if let Some(dropout) = lora.dropout {
-                self.dropped_middle(x, lora, dropout)?;
-            }
-        }
-        // Each has columns of its own.
-        let spread = [Lane::Main, lanes[0], lanes[1]];
-        let used = &spread[1..branches.len().clamp(1, spread.len())];
-        for &lane in used {
-            self.order(Lane::Main, lane)?;
-        }
-        for (index, branch) in branches.into_iter().enumerate() {
-            self.product_on(Product { accumulate: !branch_first, ..branch }, spread[index % spread.len()])?;
-        }
-        for &lane in used {
-            self.order(lane, Lane::Main)?;
-        }
-        if branch_first {
-            self.whole(x, projections, false, true)?;
-        }
-        Ok(())
+        lanes[1..].iter().try_for_each(|&lane| self.order(lane, Lane::Main))
     }
 
     /// Where the products of a LoRA branch run: on streams of their own where those with the whole weights are short.
@@ -127,35 +125,19 @@ impl Lowering<'_> {
     }
 
     /// The products with the whole weights; `accumulate` where the LoRA branch is there already.
-    fn whole(
-        &mut self,
-        x: Matrix,
-        projections: &[Projection],
-        biased: bool,
-        accumulate: bool,
-    ) -> Result<(), EngineError> {
+    fn whole(&mut self, x: Matrix, projections: &[&Projection], accumulate: bool) -> Result<(), EngineError> {
         let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
         if self.all_quantized(&weights)? {
             for projection in projections {
-                let output = self.columns(projection.output);
-                self.quantized_forward(x, projection.weight, output, accumulate || projection.bias.is_some())?;
+                self.quantized_forward(x, projection.weight, self.columns(projection.output), accumulate)?;
             }
             return Ok(());
         }
-        if !biased {
-            let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
-            return self.forward_products(x, pairs, accumulate, Lane::Main);
-        }
-        // A bias is there before the product adds to it: only projections alike may be joined.
-        for has_bias in [false, true] {
-            let alike = projections.iter().filter(|projection| projection.bias.is_some() == has_bias);
-            let pairs: Vec<Pair> = alike.map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
-            self.forward_products(x, pairs, accumulate || has_bias, Lane::Main)?;
-        }
-        Ok(())
+        let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
+        self.forward_products(x, pairs, accumulate)
     }
 
-    /// The products of [`Self::whole`] without bias, for timing.
+    /// The products of [`Self::whole`], for timing.
     fn whole_products(&self, x: Matrix, projections: &[Projection]) -> Result<Vec<Product>, EngineError> {
         let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
         if self.all_quantized(&weights)? {
@@ -172,24 +154,15 @@ impl Lowering<'_> {
     }
 
     /// `columns (+)= x · rowsᵀ` for each pair, neighbours joined.
-    fn forward_products(
-        &mut self,
-        x: Matrix,
-        pairs: Vec<Pair>,
-        accumulate: bool,
-        lane: Lane,
-    ) -> Result<(), EngineError> {
+    fn forward_products(&mut self, x: Matrix, pairs: Vec<Pair>, accumulate: bool) -> Result<(), EngineError> {
         if pairs.iter().any(|(weight, _)| weight.dtype == DType::Fp8) {
             let parts = self.fp8_forward(x, pairs, accumulate)?;
             return self.run_fp8(parts);
         }
-        for (weight, output) in join(pairs) {
-            self.product_on(forward_product(x, weight, output, accumulate), lane)?;
-        }
-        Ok(())
+        join(pairs).into_iter().try_for_each(|(w, output)| self.product(forward_product(x, w, output, accumulate)))
     }
 
-    fn broadcast_bias(&mut self, projection: &Projection) -> Result<(), EngineError> {
+    fn add_bias(&mut self, projection: &Projection) -> Result<(), EngineError> {
         let Some(bias) = projection.bias else {
             return Ok(());
         };
@@ -258,18 +231,13 @@ impl Lowering<'_> {
         let mut branch_first = false;
         let mut lanes = [Lane::Main; 2];
         let plain = projections.iter().all(|p| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_none()));
-        // The gradient lies over the input: nothing is written before the branches have read that.
-        let over_input = grad_input.is_some_and(|grad_input| grad_input.pointer == x.pointer);
-        if over_input && !projections.iter().all(ProjectionBackward::trains_plain_branch) {
-            return Err(failed("the gradient of a linear operation lies over an input that it still reads"));
-        }
         if let Some(grad_input) = grad_input
             && plain
         {
             let whole = self.grad_input_parts(grad_input, projections, false)?;
             let whole: Vec<Product> = whole.into_iter().map(|(_, product)| product).collect();
             let branches = self.grad_input_branches(grad_input, projections);
-            branch_first = over_input || self.products.second_adds(&branches, &whole)?;
+            branch_first = self.products.second_adds(&branches, &whole)?;
             lanes = self.lanes(&whole)?;
         }
         for lane in lanes {
@@ -464,9 +432,6 @@ impl Lowering<'_> {
         let pairs = plain.iter().map(|lora| (self.matrix(lora.grad_a), self.columns(lora.grad_middle))).collect();
         self.weight_gradients(x, pairs, lanes[0])?;
         if let Some(grad_input) = grad_input {
-            if grad_input.pointer == x.pointer {
-                self.order(lanes[0], Lane::Main)?;
-            }
             for branch in self.grad_input_branches(grad_input, projections) {
                 let accumulate = branch.accumulate || !branch_first;
                 self.product(Product { accumulate, ..branch })?;
