@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Twenty LoRA steps on the golden batches: tune's CPU engine, and PyTorch + PEFT, each in a process of its own.
+"""Twenty LoRA steps on the golden batches: tune's CPU engine, and PyTorch + PEFT, each in a process of its own; or tune's
+engine on weights as stored, in NF4 and in 8-bit integers.
 
     python bench/cpu_peer.py both --model FOLDER --golden FOLDER --tune BINARY     both, and the ratios
     python bench/cpu_peer.py peer --model FOLDER --golden FOLDER                   PyTorch + PEFT alone
+    python bench/cpu_peer.py weights --model FOLDER --golden FOLDER --tune BINARY  tune: as stored, nf4, int8
 
 The same rows, labels, adapter, optimizer and thread count. PyTorch computes the batches as they are, two rows padded
 to 128 tokens; tune packs the rows without their padding. They take turns, and the medians are over all turns. Peak memory is the kernel's VmHWM of the process that trains.
@@ -87,7 +89,7 @@ def peer(model_folder, golden):
     print(json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes(), "torch": torch.__version__}))
 
 
-def ours(tune, model_folder, golden):
+def ours(tune, model_folder, golden, weights="auto"):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         rows, run = folder / "rows.jsonl", folder / "run.toml"
@@ -108,7 +110,7 @@ def ours(tune, model_folder, golden):
         watcher = threading.Thread(target=watch)
         watcher.start()
         environment = {**os.environ, "TUNE_HOME": str(home)}
-        result = subprocess.run([tune, "train", run, "--json"], env=environment, capture_output=True, text=True)
+        result = subprocess.run([tune, "train", run, "--json", "--set", f"model.weights={weights}"], env=environment, capture_output=True, text=True)
         done.set()
         watcher.join()
         if result.returncode != 0:
@@ -142,15 +144,34 @@ def both(arguments):
     print(f"{'peak memory, MiB':26}{peaks[0] / 2**20:10.0f}{peaks[1] / 2**20:10.0f}{peaks[0] / peaks[1]:8.2f}    0.70")
 
 
+def weights(arguments):
+    kinds = ["auto", "nf4", "int8"]
+    turns = []
+    for turn in range(ROUNDS):
+        turns.append([ours(arguments.tune, arguments.model, arguments.golden, kind) for kind in kinds])
+        medians = [statistics.median(side["seconds"]) for side in turns[-1]]
+        print(f"turn {turn + 1}: " + ", ".join(f"{kind} {median:.3f} s" for kind, median in zip(kinds, medians)), flush=True)
+    print(f"{'weights':10}{'median step':>14}{'ratio':>8}{'peak, MiB':>12}{'first loss':>12}{'last':>9}")
+    whole = None
+    for kind, runs in zip(kinds, zip(*turns)):
+        median = statistics.median(second for run in runs for second in run["seconds"])
+        whole = whole or median
+        peak = max(run["peak_bytes"] for run in runs) / 2**20
+        first, last = runs[0]["losses"][0], runs[0]["losses"][-1]
+        print(f"{kind:10}{median:12.3f} s{median / whole:8.2f}{peak:12.0f}{first:12.4f}{last:9.4f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["both", "peer"])
+    parser.add_argument("mode", choices=["both", "peer", "weights"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--golden", type=Path, required=True)
     parser.add_argument("--tune", type=Path)
     arguments = parser.parse_args()
     if arguments.mode == "peer":
         peer(arguments.model, arguments.golden)
+    elif arguments.mode == "weights":
+        weights(arguments)
     else:
         both(arguments)
 

@@ -18,7 +18,7 @@ use tune::model::{
 };
 use tune::program::plan::{frozen_embeddings, optimizer_states, plan, plan_with_host};
 use tune::program::{BufferId, Columns, DType, Kind, Op, Plan, Projection, ProjectionBackward, Role, Target};
-use tune::program::{WorkloadBuilder, block8, random};
+use tune::program::{WorkloadBuilder, random};
 
 /// The card's target, or none on a machine without one.
 fn card() -> Option<Target> {

@@ -2,11 +2,12 @@
 
 mod tiny;
 
-use tiny::{TOKENS, lora, session};
+use tiny::{TOKENS, lora, lora_on, session};
 use tune::backend::Session;
 use tune::backend::cpu::{CpuSession, Layout, Options};
 use tune::backend::inspect::{Origin, check, locate_non_finite, profile};
 use tune::model::Recompute;
+use tune::program::{DType, Kind};
 
 fn micro(session: &CpuSession) -> usize {
     session.plan().workload.program(&format!("micro.{TOKENS}")).expect("a program")
@@ -31,12 +32,37 @@ fn a_profile_has_every_operation_and_its_share() {
 
 #[test]
 fn an_engine_agrees_with_itself() {
-    let mut first = session(&lora(), Recompute::None, Options::default());
-    let mut second = session(&lora(), Recompute::None, Options { layout: Layout::Apart, ..Options::default() });
-    let program = micro(&first);
-    let agreements = check(&mut first, &mut second, program).expect("a check");
-    assert!(agreements.len() > 50);
-    assert!(agreements.iter().all(|agreement| agreement.error == 0.0));
+    for method in [lora(), lora_on(Some(DType::Nf4)), lora_on(Some(DType::Int8))] {
+        let mut first = session(&method, Recompute::None, Options::default());
+        let mut second = session(&method, Recompute::None, Options { layout: Layout::Apart, ..Options::default() });
+        let program = micro(&first);
+        let agreements = check(&mut first, &mut second, program).expect("a check");
+        assert!(agreements.len() > 50);
+        assert!(agreements.iter().all(|agreement| agreement.error == 0.0));
+    }
+}
+
+/// Weights as stored lie in the mapped file; quantized ones take what the plan says and not a byte more.
+#[test]
+fn quantized_weights_are_held_in_the_bytes_that_are_planned() {
+    let mapped = session(&lora(), Recompute::None, Options::default());
+    for dtype in [DType::Nf4, DType::Int8] {
+        let mut session = session(&lora_on(Some(dtype)), Recompute::None, Options::default());
+        let workload = session.plan().workload.clone();
+        let quantized: Vec<_> = workload.of_kind(Kind::Weight).filter(|(_, buffer)| buffer.dtype == dtype).collect();
+        let bytes: u64 = quantized.iter().map(|(_, buffer)| buffer.bytes()).sum();
+        assert_eq!(quantized.len(), 7 * 3, "the projections of three layers");
+        assert_eq!(session.allocated_bytes() - mapped.allocated_bytes(), bytes);
+        let planned = |session: &CpuSession| session.plan().summary.bytes["weights"];
+        let floats: u64 = quantized.iter().map(|(_, buffer)| DType::F32.bytes(&buffer.shape)).sum();
+        let padding = planned(&session) + floats - planned(&mapped) - bytes;
+        assert!(padding < 64 * quantized.len() as u64, "{padding} bytes of padding");
+        let (id, buffer) = quantized[0];
+        let mut held = vec![0; buffer.bytes() as usize];
+        session.read(id, &mut held).expect("read");
+        assert!(held.iter().any(|&byte| byte != 0));
+        assert!(session.write(id, &held).is_err(), "a quantized weight was written");
+    }
 }
 
 #[test]

@@ -19,6 +19,13 @@ fn every_operation_agrees_with_its_twin() {
     twin::check_engine(&target, &open, "");
 }
 
+#[test]
+fn linear_operations_on_quantized_weights_agree_with_their_twins() {
+    let target = cpu::target().expect("a target");
+    twin::check_cases(twin::cases::quantized(&target), &target, &open, "");
+    twin::check_cases(twin::cases::odd_rows(&target), &target, &open, "");
+}
+
 /// A session in which some pairs of buffers have one place: what is written to one is in the other too.
 struct Shared {
     session: Box<dyn Session>,

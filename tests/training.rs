@@ -1,10 +1,14 @@
 //! Training through the command line on the tiny model: where its weights come from, and when a run ends.
 
+#[path = "twin/quantized.rs"]
+mod quantized;
 mod workbench;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use tune::program::DType;
 use workbench::{Bench, Output, of_kind};
 
 /// Trains a model of this folder with a few settings.
@@ -61,6 +65,70 @@ fn a_folder_without_weights_starts_from_random_ones_and_says_so() {
     assert!((found[0] - 512f64.ln()).abs() < 0.5 && found[19] < found[0] - 0.3, "{found:?}");
     let adapter = train(&bench, &folder, &["train.steps=1"]);
     assert!(of_kind(&adapter.events(), "warning").iter().any(|event| event["rule"] == "random weights"));
+}
+
+/// A copy of the model with the matrices of its projections at the values that quantized ones have.
+fn rounded_copy(bench: &Bench, dtype: DType) -> PathBuf {
+    let folder = copy(bench, dtype.name());
+    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut held: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    for (name, tensor) in file.iter() {
+        assert_eq!(tensor.dtype(), safetensors::Dtype::F32);
+        let mut bytes = tensor.data().to_vec();
+        if name.ends_with("_proj.weight") {
+            let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
+            let rounded = quantized::rounded(dtype, &values, tensor.shape()[1]);
+            bytes = rounded.iter().flat_map(|&value| (value as f32).to_le_bytes()).collect();
+        }
+        held.insert(name.to_owned(), (tensor.shape().to_vec(), bytes));
+    }
+    let views = held.iter().map(|(name, (shape, bytes))| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+    folder
+}
+
+/// LoRA on 4 or 8 bits takes the very steps that it takes on the values which those bits stand for, in less memory.
+#[test]
+fn a_run_on_quantized_weights_is_one_on_the_values_they_stand_for() {
+    let bench = Bench::new();
+    let settings = ["train.steps=12", "train.learning_rate=1e-2", "train.eval_every=6", "data.eval=0.2"];
+    let planned = |output: &Output| {
+        let events = output.events();
+        let plan = of_kind(&events, "plan")[0];
+        (plan["bytes"]["weights"].as_u64().unwrap(), plan["peak_bytes"].as_u64().unwrap())
+    };
+    for (dtype, kind) in [(DType::Nf4, "method.kind=qlora"), (DType::Int8, "model.weights=int8")] {
+        let whole = train(&bench, &rounded_copy(&bench, dtype), &settings);
+        let packed = train(&bench, Path::new(&bench.model()), &[&settings[..], &[kind]].concat());
+        let (expected, found) = (losses(&whole), losses(&packed));
+        assert!(found[11] < found[0] - 0.3, "{kind}: {found:?}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found / expected - 1.0).abs() < 2e-5, "{kind}: {found} beside {expected}");
+        }
+        let evaluations = |output: &Output| of_kind(&output.events(), "eval").remove(0)["loss"].as_f64().unwrap();
+        assert!((evaluations(&packed) / evaluations(&whole) - 1.0).abs() < 2e-5, "{kind}");
+        let ((whole, whole_peak), (packed, packed_peak)) = (planned(&whole), planned(&packed));
+        assert!(packed < whole && whole_peak - packed_peak == whole - packed, "{kind}: {packed} of {whole} bytes");
+    }
+}
+
+#[test]
+fn a_cpu_has_no_8_bit_floats_and_full_training_no_quantized_weights() {
+    let bench = Bench::new();
+    for (settings, words) in [
+        (&["model.weights=fp8"][..], "model.weights = \"fp8\""),
+        (&["engine.precision=fp8"], "engine.precision = \"fp8\""),
+        (&["method.kind=full", "model.weights=nf4"], "model.weights = \"nf4\""),
+        (&["method.kind=qlora", "model.weights=int8"], "model.weights = \"int8\""),
+    ] {
+        let output = train(&bench, Path::new(&bench.model()), settings);
+        assert_eq!(output.code, 2, "{}", output.all());
+        assert!(output.err.contains(words), "{words}: {}", output.err);
+    }
+    assert_eq!(bench.run_folders(), Vec::<PathBuf>::new());
 }
 
 #[test]

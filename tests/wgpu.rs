@@ -31,8 +31,12 @@ fn tiny(name: &str) -> Model {
 }
 
 fn lora(dropout: f32) -> Method {
+    lora_on(None, dropout)
+}
+
+fn lora_on(weights: Option<DType>, dropout: f32) -> Method {
     let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
-    Method::Lora { adapter: AdapterOptions { rank: 4, targets, dropout }, weights: None }
+    Method::Lora { adapter: AdapterOptions { rank: 4, targets, dropout }, weights }
 }
 
 fn training(model: &Model, method: Method, target: &Target) -> Workload {
@@ -175,6 +179,17 @@ fn every_operation_agrees_with_its_twin_within_core_webgpu() {
 }
 
 #[test]
+fn linear_operations_on_quantized_weights_agree_with_their_twins() {
+    let options = software(true);
+    let target = wgpu::target(&options).expect("a target");
+    let open = |plan: Plan, weights: Arc<dyn WeightSource>| -> Result<Box<dyn Session>, EngineError> {
+        Ok(Box::new(wgpu::open(plan, weights, &options)?))
+    };
+    twin::check_cases(twin::cases::quantized(&target), &target, &open, "");
+    twin::check_cases(twin::cases::odd_rows(&target), &target, &open, "");
+}
+
+#[test]
 fn every_operation_agrees_with_its_twin_in_f16() {
     check_twins(Options { compute: Some(DType::F16), ..software(false) });
 }
@@ -184,6 +199,14 @@ fn every_operation_of_lora_training_agrees_with_the_cpu_engine() {
     for portable in [true, false] {
         let model = tiny("llama");
         compare(&model, |target| training(&model, lora(0.0), target), &software(portable));
+    }
+}
+
+#[test]
+fn lora_training_on_quantized_weights_agrees_with_the_cpu_engine() {
+    let model = tiny("llama");
+    for dtype in [DType::Nf4, DType::Int8] {
+        compare(&model, |target| training(&model, lora_on(Some(dtype), 0.0), target), &software(true));
     }
 }
 

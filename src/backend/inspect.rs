@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use half::{bf16, f16};
 
+use super::floats::{is_float, unpack};
 use super::{EngineError, Session};
 use crate::program::plan::estimate_op;
 use crate::program::{Access, AdamWPart, BufferId, DType, Kind, Op, Workload, block8};
@@ -193,13 +194,11 @@ fn read_bytes(session: &mut dyn Session, id: BufferId) -> Result<Vec<u8>, Engine
 
 /// Floating-point contents; none for other types.
 fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
-    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match dtype {
-        DType::F32 => Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-        DType::BF16 => Some(halves().map(|half| bf16::from_le_bytes(half).to_f32()).collect()),
-        DType::F16 => Some(halves().map(|half| f16::from_le_bytes(half).to_f32()).collect()),
-        _ => None,
-    }
+    is_float(dtype).then(|| {
+        let mut values = vec![0.0; bytes.len() / dtype.bytes(&[1]) as usize];
+        unpack(dtype, bytes, &mut values);
+        values
+    })
 }
 
 fn values(session: &mut dyn Session, id: BufferId, map: Option<block8::Map>) -> Result<Vec<f32>, EngineError> {
@@ -305,7 +304,7 @@ pub fn locate_non_finite(session: &mut dyn Session, program: usize) -> Result<Op
 fn non_finite_rows(session: &mut dyn Session, id: BufferId) -> Result<Vec<usize>, EngineError> {
     let buffer = session.plan().workload.buffer(id);
     let (dtype, columns) = (buffer.dtype, buffer.columns().max(1));
-    if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
+    if !is_float(dtype) {
         return Ok(Vec::new());
     }
     let values = decode(dtype, &read_bytes(session, id)?).unwrap_or_default();

@@ -6,7 +6,9 @@ mod choose;
 pub mod cpu;
 pub mod cuda;
 pub mod doctor;
+mod floats;
 pub mod inspect;
+mod quantized;
 pub mod wgpu;
 
 pub use choose::{Choice, Device, choose, open, open_tuned};
@@ -41,6 +43,9 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// When there is none.
     fn tensor(&self, name: &str) -> Result<Tensor<'_>, EngineError>;
+
+    /// Says that a tensor was copied and its own memory may go, where it can be had again.
+    fn release(&self, _name: &str) {}
 }
 
 /// A program's operations on an open device. Buffers are addressed by the ids of the plan's workload.

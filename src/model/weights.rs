@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::SafeTensors;
 
 use super::names::{self, WeightName};
@@ -148,6 +150,19 @@ impl WeightSource for SafetensorsWeights {
         })?;
         let bytes = &self.files[entry.file].get()[entry.start..entry.end];
         Ok(Tensor { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
+    }
+
+    fn release(&self, name: &str) {
+        #[cfg(unix)]
+        if let Some(entry) = self.tensors.get(name)
+            && let Bytes::Mapped(map) = &self.files[entry.file]
+        {
+            // SAFETY: the map is of a file and read-only: pages that go are read from the file again when touched.
+            let advised =
+                unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, entry.start, entry.end - entry.start) };
+            // Advice that is not taken costs memory, nothing else.
+            let _ = advised;
+        }
     }
 }
 

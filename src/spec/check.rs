@@ -24,15 +24,15 @@ pub const CAPABILITIES: [Capabilities; 3] = [
     Capabilities {
         engine: "cpu",
         precisions: &["f32"],
-        weights: &[],
+        weights: &["nf4", "int8"],
         optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
         optimizer_memory: &["device"],
         recompute: &["none", "all"],
     },
     Capabilities {
         engine: "wgpu",
-        precisions: &["f32"],
-        weights: &[],
+        precisions: &["f32", "f16"],
+        weights: &["nf4", "int8"],
         optimizers: &[Optimizer::AdamW],
         optimizer_memory: &["device"],
         recompute: &["none", "all"],
@@ -40,7 +40,7 @@ pub const CAPABILITIES: [Capabilities; 3] = [
     Capabilities {
         engine: "cuda",
         precisions: &["bf16", "fp8"],
-        weights: &["nf4", "fp8"],
+        weights: &["nf4", "int8", "fp8"],
         optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
         optimizer_memory: &["device", "host"],
         recompute: &["none", "all"],

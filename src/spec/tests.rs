@@ -174,6 +174,23 @@ fn each_engine_refuses_by_name_what_it_cannot_do() {
 }
 
 #[test]
+fn every_engine_holds_weights_in_four_and_eight_bits_and_only_one_in_8_bit_floats() {
+    for (engine, eight_bit_floats) in [("cpu", false), ("wgpu", false), ("cuda", true)] {
+        let engine = Capabilities::of(engine).unwrap();
+        for (setting, allowed) in [
+            ("method.kind=qlora", true),
+            ("model.weights=nf4", true),
+            ("model.weights=int8", true),
+            ("model.weights=fp8", eight_bit_floats),
+        ] {
+            let mut spec = RunSpec::default();
+            spec.apply(&[setting.into()]).unwrap();
+            assert_eq!(engine.check(&spec).is_ok(), allowed, "{} with {setting}", engine.engine);
+        }
+    }
+}
+
+#[test]
 fn fp8_is_for_frozen_weights_of_one_kind() {
     let cases = [
         (["method.kind=full", "engine.precision=fp8"], "engine.precision"),

@@ -3,6 +3,7 @@
 use super::checkpoint::PlanChoice;
 use crate::model::{Method, ModelConfig, ModelError, Recompute, TrainingOptions, training_workload};
 use crate::program::{DType, Plan, PlanError, Role, Target, plan};
+use crate::spec::{Capabilities, Optimizer};
 
 /// Why no plan came out.
 #[derive(Debug, thiserror::Error)]
@@ -381,13 +382,13 @@ impl Search<'_> {
             let stages = search.stages(top, search.routes(top).last().copied().unwrap_or_default()).list;
             search.build(&[top], stages[stages.len() - 1]).is_ok()
         };
-        let cuda = self.target.engine == "cuda";
+        let engine = Capabilities::of(self.target.engine);
         if self.recompute != RecomputeChoice::Auto
             && leanest(&Search { recompute: RecomputeChoice::Auto, ..self.clone() })
         {
             fits.push("engine.recompute = \"auto\"".to_string());
         }
-        if cuda && !self.options.eight_bit {
+        if engine.is_some_and(|engine| engine.optimizers.contains(&Optimizer::AdamW8bit)) && !self.options.eight_bit {
             let options = TrainingOptions { eight_bit: true, ..self.options.clone() };
             if leanest(&Search { options, ..self.clone() }) {
                 fits.push("train.optimizer = \"adamw8bit\"".to_string());
@@ -404,7 +405,7 @@ impl Search<'_> {
         let smaller = [(DType::Fp8, "engine.precision = \"fp8\""), (DType::Nf4, "method.kind = \"qlora\"")];
         for (dtype, setting) in smaller {
             if let Method::Lora { adapter, weights } = &self.options.method
-                && cuda
+                && engine.is_some_and(|engine| engine.weights.contains(&dtype.name()))
                 && weights.is_none_or(|held| held == DType::Fp8 && dtype == DType::Nf4)
             {
                 let method = Method::Lora { adapter: adapter.clone(), weights: Some(dtype) };

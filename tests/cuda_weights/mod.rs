@@ -1,44 +1,8 @@
 //! Weights that the card quantizes as they arrive: their codes are the nearest, and both passes of a linear operation
 //! multiply with them as an f64 twin does on the same codes.
 
+use super::twin::quantized::{LEVELS, unpack_nf4};
 use super::*;
-
-const LEVELS: [f32; 16] = [
-    -1.0,
-    -0.696_192_8,
-    -0.525_073_05,
-    -0.394_917_5,
-    -0.284_441_38,
-    -0.184_773_43,
-    -0.091_050_036,
-    0.0,
-    0.079_580_3,
-    0.160_930_2,
-    0.246_112_3,
-    0.337_915_24,
-    0.440_709_83,
-    0.562_617,
-    0.722_956_84,
-    1.0,
-];
-
-/// Values of a 4-bit tensor as the engine gives it out: codes, scale codes, second scales, offset.
-fn unpack(bytes: &[u8], elements: usize) -> Vec<f64> {
-    let blocks = elements.div_ceil(64);
-    let (codes, rest) = bytes.split_at(elements.div_ceil(2));
-    let (scale_codes, rest) = rest.split_at(blocks);
-    let float = |bytes: &[u8]| f64::from(f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
-    let offset = float(&rest[4 * blocks.div_ceil(256)..]);
-    let table = block8::Map::Signed.values();
-    (0..elements)
-        .map(|i| {
-            let code = if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
-            let block = i / 64;
-            let scale = f64::from(table[usize::from(scale_codes[block])]) * float(&rest[4 * (block / 256)..]) + offset;
-            f64::from(LEVELS[usize::from(code)]) * scale
-        })
-        .collect()
-}
 
 /// Codes of blocks of 64: the level nearest to the value over the block's largest magnitude.
 fn codes(values: &[f32]) -> Vec<u8> {
@@ -160,7 +124,7 @@ fn four_bit_weights_are_those_of_bitsandbytes_and_multiply_right() {
             let found = (0..values.len()).map(|i| if i % 2 == 0 { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 });
             let differing = found.zip(&expected).filter(|(a, b)| a != *b).count();
             assert!(differing * 100_000 <= values.len(), "{differing} of {} codes differ", values.len());
-            let unpacked = unpack(bytes, values.len());
+            let unpacked = unpack_nf4(bytes, values.len());
             let original: Vec<f64> = values.iter().map(|&v| f64::from(v)).collect();
             let loss = relative(&unpacked, &original);
             assert!(loss < 0.13, "4 bits lose {loss}");

@@ -8,7 +8,7 @@ use tune::backend::Session;
 use tune::backend::cpu::{CpuSession, Options, open_with};
 use tune::model::{AdapterOptions, Method, Model, Recompute, TrainingOptions, names, training_workload};
 use tune::program::plan::plan;
-use tune::program::{Kind, random};
+use tune::program::{DType, Kind, random};
 
 pub const TOKENS: usize = 64;
 
@@ -28,8 +28,12 @@ pub fn options(method: Method, recompute: Recompute, layers: usize) -> TrainingO
 }
 
 pub fn lora() -> Method {
+    lora_on(None)
+}
+
+pub fn lora_on(weights: Option<DType>) -> Method {
     let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
-    Method::Lora { adapter: AdapterOptions { rank: 4, targets, dropout: 0.1 }, weights: None }
+    Method::Lora { adapter: AdapterOptions { rank: 4, targets, dropout: 0.1 }, weights }
 }
 
 pub fn session(method: &Method, recompute: Recompute, engine: Options) -> CpuSession {

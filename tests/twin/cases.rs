@@ -7,7 +7,7 @@ use tune::program::{
     Projection, ProjectionBackward, Role, Target, WorkloadBuilder, random,
 };
 
-use super::{Case, from_bytes, ops, to_bytes};
+use super::{Case, from_bytes, ops, quantized, to_bytes};
 
 /// All cases, with activations in the target's compute type.
 pub fn all(target: &Target) -> Vec<Case> {
@@ -38,6 +38,7 @@ struct Writer {
     builder: WorkloadBuilder,
     inputs: Vec<Vec<f64>>,
     checkpoint: HashMap<String, DType>,
+    exact: HashMap<String, Vec<f64>>,
     compute: DType,
     trainable: DType,
     gradients: DType,
@@ -50,7 +51,8 @@ impl Writer {
         builder.begin("case", Role::Micro, 0);
         let (compute, trainable) = (target.compute, target.trainable);
         let gradients = target.gradients;
-        Self { name, builder, inputs: Vec::new(), checkpoint: HashMap::new(), compute, trainable, gradients, drawn: 0 }
+        let (checkpoint, exact) = (HashMap::new(), HashMap::new());
+        Self { name, builder, inputs: Vec::new(), checkpoint, exact, compute, trainable, gradients, drawn: 0 }
     }
 
     /// `count` numbers, uniform in `[-1, 1)`.
@@ -97,7 +99,25 @@ impl Writer {
     /// A weight whose products with activations stay near 1.
     fn weight(&mut self, name: &str, shape: &[usize], dtype: DType) -> BufferId {
         let inputs = shape.get(1).copied().unwrap_or(1) as f64;
-        self.random(name, shape, dtype, Kind::Weight, 1.7 / inputs.sqrt())
+        let size = 1.7 / inputs.sqrt();
+        if dtype.is_quantized() && shape.len() > 1 {
+            return self.quantized_weight(name, shape, dtype, size);
+        }
+        let dtype = if dtype.is_quantized() { DType::F32 } else { dtype };
+        self.random(name, shape, dtype, Kind::Weight, size)
+    }
+
+    /// A weight that the engine quantizes on loading, from bf16 or, where there are few columns, from f32.
+    fn quantized_weight(&mut self, name: &str, shape: &[usize], dtype: DType, size: f64) -> BufferId {
+        let stored = if shape[1] < 100 { DType::F32 } else { DType::BF16 };
+        // Few large values among small ones, as weights have them.
+        let values: Vec<f64> = self.draw(shape.iter().product()).iter().map(|v| v * v.abs() * 1.3 * size).collect();
+        let exact = from_bytes(stored, name, &to_bytes(stored, name, &values), values.len());
+        let held: Vec<f32> = exact.iter().map(|&v| v as f32).collect();
+        self.inputs.push(quantized::rounded(dtype, &held, shape[1]));
+        self.exact.insert(name.to_string(), exact);
+        self.checkpoint.insert(name.to_string(), stored);
+        self.builder.persistent(name, shape, dtype, Kind::Weight)
     }
 
     fn adapter(&mut self, name: &str, shape: &[usize]) -> BufferId {
@@ -135,7 +155,8 @@ impl Writer {
     fn finish(mut self, op: Op) -> Case {
         self.builder.push("op", op);
         self.builder.end();
-        Case { name: self.name, workload: self.builder.finish(), inputs: self.inputs, checkpoint: self.checkpoint }
+        let workload = self.builder.finish();
+        Case { name: self.name, workload, inputs: self.inputs, checkpoint: self.checkpoint, exact: self.exact }
     }
 }
 
@@ -237,11 +258,52 @@ fn linear(target: &Target, cases: &mut Vec<Case>) {
         (37, 96, &[96, 48, 48], DType::F32, Parts { bias: true, trained: true, ..plain }),
         (130, 160, &[320, 320], DType::F32, Parts { trained: true, ..plain }),
     ];
+    linear_table(target, table, cases);
+}
+
+/// Tokens, inputs, outputs, and how weights are stored.
+type LinearRow<'a> = (usize, usize, &'a [usize], DType, Parts);
+
+fn linear_table(target: &Target, table: &[LinearRow], cases: &mut Vec<Case>) {
     for &(tokens, inputs, outputs, dtype, parts) in table {
         let label = format!("{tokens}x{inputs} to {outputs:?} {} {}", dtype.name(), describe(parts));
         cases.push(linear_forward(target, &label, tokens, inputs, outputs, dtype, parts));
         cases.push(linear_backward(target, &label, tokens, inputs, outputs, dtype, parts));
     }
+}
+
+/// Linear operations on frozen weights that an engine quantizes on loading.
+pub fn quantized(target: &Target) -> Vec<Case> {
+    let plain = Parts { bias: false, rank: None, dropout: 0.0, trained: false, needs_input_gradient: true };
+    let lora = Parts { rank: Some(8), ..plain };
+    let mut cases = Vec::new();
+    for dtype in [DType::Nf4, DType::Int8] {
+        let table: &[LinearRow] = &[
+            (1, 64, &[64], dtype, plain),
+            (1, 576, &[1536, 1536], dtype, lora),
+            (3, 576, &[576, 192, 192], dtype, lora),
+            (37, 576, &[576, 192, 192], dtype, Parts { bias: true, ..lora }),
+            (130, 1536, &[576], dtype, Parts { dropout: 0.1, rank: Some(16), ..plain }),
+            // More scales than one group of them has, in rows of more than one depth of packing.
+            (33, 2048, &[600], dtype, lora),
+            // Blocks of 64 go on from row to row.
+            (5, 100, &[72], dtype, lora),
+            (65, 700, &[300], dtype, lora),
+            (33, 36, &[24, 8], dtype, Parts { needs_input_gradient: false, ..lora }),
+        ];
+        linear_table(target, table, &mut cases);
+    }
+    cases
+}
+
+/// The same in rows of an odd number of columns, which start in the middle of a byte of two codes.
+pub fn odd_rows(target: &Target) -> Vec<Case> {
+    let lora = Parts { bias: false, rank: Some(8), dropout: 0.0, trained: false, needs_input_gradient: true };
+    let mut cases = Vec::new();
+    for dtype in [DType::Nf4, DType::Int8] {
+        linear_table(target, &[(2, 77, &[33], dtype, lora), (37, 641, &[95], dtype, lora)], &mut cases);
+    }
+    cases
 }
 
 fn describe(parts: Parts) -> String {

@@ -7,6 +7,7 @@
 
 pub mod cases;
 pub mod ops;
+pub mod quantized;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ pub struct Case {
     pub inputs: Vec<Vec<f64>>,
     /// Storage of weights in the checkpoint.
     pub checkpoint: HashMap<String, DType>,
+    /// Values in the checkpoint of weights that the engine quantizes: `inputs` has what they are worth then.
+    pub exact: HashMap<String, Vec<f64>>,
 }
 
 pub type Opener<'a> = &'a dyn Fn(Plan, Arc<dyn WeightSource>) -> Result<Box<dyn Session>, EngineError>;
@@ -190,7 +193,8 @@ impl Checkpoint {
     fn new(case: &Case) -> Self {
         let weights = case.workload.of_kind(Kind::Weight).map(|(id, buffer)| {
             let dtype = case.checkpoint.get(&buffer.name).copied().unwrap_or(buffer.dtype);
-            let bytes = to_bytes(dtype, &buffer.name, &case.inputs[id.index()]);
+            let values = case.exact.get(&buffer.name).unwrap_or(&case.inputs[id.index()]);
+            let bytes = to_bytes(dtype, &buffer.name, values);
             (buffer.name.clone(), (dtype, buffer.shape.clone(), bytes))
         });
         Self(weights.collect())

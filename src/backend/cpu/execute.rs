@@ -6,7 +6,6 @@ use super::linear::{self, Mask};
 use super::memory::Views;
 use super::norm::{self, RmsNorm, RmsNormBackward};
 use super::optimizer::{self, Update};
-use super::product::Weight;
 use super::{device, embedding, glu, rope};
 use crate::backend::EngineError;
 use crate::program::{AdamWPart, BufferId, DType, Dropout, Op, Projection, ProjectionBackward};
@@ -143,9 +142,8 @@ pub fn execute(op: &Op, views: &Views) -> Result<(), EngineError> {
         })?,
         Op::Cast { pairs } => {
             for (from, to) in pairs {
-                let (from, to) = (views.weight(*from)?, views.f32_mut(*to)?);
-                let elements = from.rows * from.columns;
-                Weight { rows: 1, columns: elements, ..from }.convert(0, 0..elements, to);
+                let (from, to) = (views.flat(*from)?, views.f32_mut(*to)?);
+                from.convert(0, 0..from.columns, to);
             }
         }
         // Copies are done when they return.
@@ -190,10 +188,9 @@ fn vector<'m: 'c, 'c>(views: &Views<'m>, id: BufferId, converted: &'c mut Vec<f3
     if views.dtype(id) == DType::F32 {
         return views.f32(id);
     }
-    let weight = views.weight(id)?;
-    let elements = weight.rows * weight.columns;
-    converted.resize(elements, 0.0);
-    Weight { rows: 1, columns: elements, ..weight }.convert(0, 0..elements, converted);
+    let weight = views.flat(id)?;
+    converted.resize(weight.columns, 0.0);
+    weight.convert(0, 0..weight.columns, converted);
     Ok(converted)
 }
 

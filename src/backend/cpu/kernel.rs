@@ -356,23 +356,25 @@ mod x86 {
     }
 }
 
+/// What this processor can run.
+#[cfg(test)]
+pub fn every_kind() -> Vec<Instructions> {
+    let mut kinds = vec![Instructions::Portable];
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            kinds.push(Instructions::Avx2);
+        }
+        if is_x86_feature_detected!("avx512f") {
+            kinds.push(Instructions::Avx512);
+        }
+    }
+    kinds
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn every_kind() -> Vec<Instructions> {
-        let mut kinds = vec![Instructions::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                kinds.push(Instructions::Avx2);
-            }
-            if is_x86_feature_detected!("avx512f") {
-                kinds.push(Instructions::Avx512);
-            }
-        }
-        kinds
-    }
 
     #[test]
     fn tiles_of_every_size_agree_with_a_plain_loop() {

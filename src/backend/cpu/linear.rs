@@ -128,6 +128,12 @@ fn few_tokens(output: &mut MatrixMut, input: Matrix, weight: Weight, rows: Range
     with_scratch(columns, |scratch| {
         for (at, row) in rows.enumerate() {
             let range = row * columns..(row + 1) * columns;
+            if !matches!(weight.values, Values::F32(_) | Values::BF16(_)) {
+                vectorized(
+                    #[inline(always)]
+                    || weight.convert(row, 0..columns, scratch),
+                );
+            }
             for token in 0..input.rows {
                 let x = input.row(token);
                 output.row(token)[at] = match weight.values {
@@ -135,10 +141,7 @@ fn few_tokens(output: &mut MatrixMut, input: Matrix, weight: Weight, rows: Range
                     Values::BF16(values) => {
                         dot(x, &values[range.clone()], |w| f32::from_bits(u32::from(w.to_bits()) << 16))
                     }
-                    Values::F16(_) => {
-                        weight.convert(row, 0..columns, scratch);
-                        dot(x, scratch, |&w| w)
-                    }
+                    Values::F16(_) | Values::Nf4(_) | Values::Int8(_) => dot(x, scratch, |&w| w),
                 };
             }
         }

@@ -9,11 +9,10 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use half::{bf16, f16};
-
-use super::product::{Matrix, MatrixMut, Weight};
+use super::product::{Matrix, MatrixMut, Values, Weight};
+use super::quantized::{self, Int8, Nf4};
 use super::{ENGINE, Layout, device};
-use crate::backend::{EngineError, WeightSource};
+use crate::backend::{self, EngineError, WeightSource, floats};
 use crate::program::{Access, Buffer, BufferId, Columns, DType, Kind, Placement, Plan};
 
 const ALIGNMENT: usize = 64;
@@ -125,7 +124,7 @@ impl Memory {
         Ok(start)
     }
 
-    /// A weight where it lies, or a copy in f32 where it will be trained or its alignment is odd.
+    /// A weight where it lies, or a copy: quantized, or in f32 where it will be trained, or where its alignment is odd.
     fn load(
         &mut self,
         buffer: &Buffer,
@@ -148,9 +147,10 @@ impl Memory {
             let start = self.allocate(buffer.bytes(), &buffer.name)?;
             // SAFETY: the region was just allocated with this many bytes.
             unsafe { start.copy_from_nonoverlapping(tensor.bytes.as_ptr(), tensor.bytes.len()) };
+            weights.release(&buffer.name);
             return Ok((start, false));
         }
-        if buffer.dtype != DType::F32 || !matches!(tensor.dtype, DType::BF16 | DType::F16) {
+        if !floats::is_float(tensor.dtype) || !(buffer.dtype == DType::F32 || buffer.dtype.is_quantized()) {
             return Err(wrong(format!(
                 "is {} in the checkpoint, the plan wants {}",
                 tensor.dtype.name(),
@@ -158,15 +158,16 @@ impl Memory {
             )));
         }
         let start = self.allocate(buffer.bytes(), &buffer.name)?;
-        // SAFETY: a fresh region of `elements` f32, aligned to 64 bytes.
-        let values = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), buffer.elements()) };
-        for (value, pair) in values.iter_mut().zip(tensor.bytes.chunks_exact(2)) {
-            let pair = [pair[0], pair[1]];
-            *value = match tensor.dtype {
-                DType::BF16 => bf16::from_le_bytes(pair).to_f32(),
-                _ => f16::from_le_bytes(pair).to_f32(),
-            };
+        if buffer.dtype.is_quantized() {
+            // SAFETY: a fresh region of this many bytes.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(start, buffer.bytes() as usize) };
+            backend::quantized::quantize(&buffer.name, &tensor, buffer.dtype, quantized::ALIGNMENT, bytes)?;
+        } else {
+            // SAFETY: a fresh region of `elements` f32, aligned to 64 bytes.
+            let values = unsafe { std::slice::from_raw_parts_mut(start.cast::<f32>(), buffer.elements()) };
+            floats::unpack(tensor.dtype, tensor.bytes, values);
         }
+        weights.release(&buffer.name);
         Ok((start, false))
     }
 
@@ -178,6 +179,9 @@ impl Memory {
         let slot = &self.slots[id.index()];
         if slot.bytes != bytes.len() {
             return Err(device(format!("{} bytes written to a buffer of {}", bytes.len(), slot.bytes)));
+        }
+        if slot.dtype.is_quantized() {
+            return Err(device(format!("buffer {} is quantized and cannot be written", id.0)));
         }
         if slot.mapped {
             let start = self.allocate(bytes.len() as u64, "a weight that is overwritten")?;
@@ -349,17 +353,31 @@ impl<'m> Views<'m> {
     /// A matrix in any storage type that products accept.
     pub fn weight(&self, id: BufferId) -> Result<Weight<'m>, EngineError> {
         let slot = self.lease(id, false, None)?;
-        let elements = slot.rows * slot.columns;
+        let (rows, columns) = (slot.rows, slot.columns);
+        let elements = rows * columns;
         let start = slot.start;
-        // SAFETY: the slot holds this many elements of its type, 4-byte aligned, leased for reading.
+        let broken = || device(format!("buffer {} does not hold what its shape takes", id.0));
+        // SAFETY: the slot holds this many elements of its type, 4-byte aligned, or this many bytes, leased for reading.
         let values = unsafe {
+            let bytes = || std::slice::from_raw_parts(start, slot.bytes);
             match slot.dtype {
-                DType::F32 => super::product::Values::F32(std::slice::from_raw_parts(start.cast(), elements)),
-                DType::BF16 => super::product::Values::BF16(std::slice::from_raw_parts(start.cast(), elements)),
-                DType::F16 => super::product::Values::F16(std::slice::from_raw_parts(start.cast(), elements)),
+                DType::F32 => Values::F32(std::slice::from_raw_parts(start.cast(), elements)),
+                DType::BF16 => Values::BF16(std::slice::from_raw_parts(start.cast(), elements)),
+                DType::F16 => Values::F16(std::slice::from_raw_parts(start.cast(), elements)),
+                DType::Nf4 => Values::Nf4(Nf4::new(bytes(), rows, columns).ok_or_else(broken)?),
+                DType::Int8 => Values::Int8(Int8::new(bytes(), rows, columns).ok_or_else(broken)?),
                 other => return Err(device(format!("buffer {} is {}, not a weight type", id.0, other.name()))),
             }
         };
-        Ok(Weight { values, rows: slot.rows, columns: slot.columns })
+        Ok(Weight { values, rows, columns })
+    }
+
+    /// A weight of any shape as one row.
+    pub fn flat(&self, id: BufferId) -> Result<Weight<'m>, EngineError> {
+        let weight = self.weight(id)?;
+        if self.dtype(id).is_quantized() {
+            return Err(device(format!("buffer {} is quantized, which only products take", id.0)));
+        }
+        Ok(Weight { rows: 1, columns: weight.rows * weight.columns, ..weight })
     }
 }

@@ -1,7 +1,7 @@
 //! The CPU engine: plain Rust, f32 arithmetic, all cores.
 //!
-//! Frozen weights stay where the checkpoint is mapped, in bf16, f16 or f32, and are converted block by block
-//! inside the products. Work is cut by shapes, never by threads, so the same plan gives the same bits.
+//! Frozen weights stay where the checkpoint is mapped, in bf16, f16 or f32, or are held in NF4 or 8-bit integers; they are
+//! converted block by block inside the products. Work is cut by shapes, never by threads, so the same plan gives the same bits.
 
 mod attention;
 mod cross_entropy;
@@ -15,6 +15,7 @@ mod memory;
 mod norm;
 mod optimizer;
 mod product;
+mod quantized;
 mod rope;
 
 use std::ops::Range;
@@ -129,7 +130,9 @@ fn supported(plan: &Plan) -> Result<(), EngineError> {
     let refuse = |what: String| Err(EngineError::Unsupported { engine: ENGINE, what });
     for buffer in &plan.workload.buffers {
         let fits = match buffer.kind {
-            Kind::Weight => matches!(buffer.dtype, DType::F32 | DType::BF16 | DType::F16),
+            Kind::Weight => {
+                matches!(buffer.dtype, DType::F32 | DType::BF16 | DType::F16 | DType::Nf4 | DType::Int8)
+            }
             Kind::Optimizer => matches!(buffer.dtype, DType::F32 | DType::Block8),
             _ => matches!(buffer.dtype, DType::F32 | DType::I32 | DType::U32),
         };

@@ -13,6 +13,7 @@ use half::{bf16, f16};
 
 use super::elementary::vectorized;
 use super::kernel::{self, Instructions, Left, PANEL, ROWS, Tile};
+use super::quantized::{Int8, Nf4};
 
 /// A strided f32 matrix to read.
 #[derive(Clone, Copy)]
@@ -235,12 +236,17 @@ impl Right<'_> {
                         rows.iter_mut().take(count).enumerate().for_each(|(c, row)| *row = row_bits(c));
                         kernel::pack_transposed_bf16(kind, &rows, depth.len(), panel);
                     }
-                    Values::F16(values) => {
-                        for c in 0..PANEL {
-                            let row = if c < count { &values[range(c)] } else { &[] };
-                            for d in 0..depth.len() {
-                                panel[d * PANEL + c] = row.get(d).map_or(0.0, |value| value.to_f32());
+                    // Unpacked into a piece of 32 rows that stays near.
+                    Values::F16(_) | Values::Nf4(_) | Values::Int8(_) => {
+                        let mut piece = [[0.0; PIECE]; PANEL];
+                        for from in (0..depth.len()).step_by(PIECE) {
+                            let length = PIECE.min(depth.len() - from);
+                            let columns = start + from..start + from + length;
+                            for (c, row) in piece.iter_mut().take(count).enumerate() {
+                                weight.convert(first + c, columns.clone(), &mut row[..length]);
                             }
+                            let rows = std::array::from_fn(|c| &piece[c][..length]);
+                            kernel::pack_transposed(kind, &rows, length, &mut panel[from * PANEL..]);
                         }
                     }
                 }
@@ -255,6 +261,8 @@ const DEPTH: usize = 640;
 static ZEROS: [f32; DEPTH] = [0.0; DEPTH];
 /// Columns packed at a time.
 const WIDTH: usize = 256;
+/// Elements of a row that are unpacked before they are transposed: a block of NF4.
+const PIECE: usize = 64;
 
 /// `out = factor · left · right`, or `out += ...`, on this thread.
 pub fn multiply<'a>(
@@ -352,6 +360,8 @@ pub enum Values<'a> {
     F32(&'a [f32]),
     BF16(&'a [bf16]),
     F16(&'a [f16]),
+    Nf4(Nf4<'a>),
+    Int8(Int8<'a>),
 }
 
 /// A `[rows, columns]` matrix that products read; stays in its storage type.
@@ -375,6 +385,8 @@ impl<'a> Weight<'a> {
                 }
             }
             Values::F16(values) => values[range].convert_to_f32_slice(target),
+            Values::Nf4(values) => values.unpack(range.start, target),
+            Values::Int8(values) => values.unpack(row, range.start, target),
         }
     }
 }

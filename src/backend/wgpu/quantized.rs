@@ -1,147 +1,41 @@
-//! Quantized weights: how they are made on loading, how they lie in device memory, and the dispatch that unpacks them.
+//! Quantized weights: how they lie in device memory, and the dispatch that unpacks them.
 
-use rayon::prelude::*;
-
-use super::adapter::ENGINE;
 use super::kernel::Element;
 use super::lower::Lowering;
 use super::storage::{Place, View};
 use super::tables;
-use crate::backend::EngineError;
-use crate::program::{DType, block8};
+use crate::backend::quantized::{self, Parts};
+use crate::backend::{EngineError, Tensor};
+use crate::program::DType;
 
-/// Elements that share a scale, and scales that share one of their own.
-const BLOCK: usize = 64;
-const GROUP: usize = 256;
+/// Every part starts at a word.
+const ALIGNMENT: u64 = 4;
 
-/// Halfway points between the levels of NF4, as bitsandbytes' decision tree has them.
-const BOUNDS: [f32; 15] = [
-    -0.848_096_4,
-    -0.610_632_9,
-    -0.459_995_27,
-    -0.339_679_42,
-    -0.234_607_4,
-    -0.137_911_74,
-    -0.045_525_018,
-    0.039_790_15,
-    0.120_255_25,
-    0.203_521_25,
-    0.292_013_76,
-    0.389_312_54,
-    0.501_663_45,
-    0.642_786_9,
-    0.861_478_45,
-];
-
-/// Byte offsets of a quantized tensor's parts; each starts at a multiple of four. Codes come first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parts {
-    /// One a block (NF4: a byte) or a row (int8: an f32).
-    pub scales: u64,
-    /// f32, one a group (NF4).
-    pub group_scales: u64,
-    /// f32 (NF4).
-    pub offset: u64,
-    pub end: u64,
-}
-
-impl Parts {
-    pub fn of(dtype: DType, rows: usize, columns: usize) -> Parts {
-        let elements = rows * columns;
-        let four = |bytes: usize| (bytes as u64).next_multiple_of(4);
-        if dtype == DType::Int8 {
-            let scales = four(elements);
-            let end = scales + 4 * rows as u64;
-            return Parts { scales, group_scales: end, offset: end, end };
-        }
-        let blocks = elements.div_ceil(BLOCK);
-        let scales = four(elements.div_ceil(2));
-        let group_scales = scales + four(blocks);
-        let offset = group_scales + 4 * blocks.div_ceil(GROUP) as u64;
-        Parts { scales, group_scales, offset, end: offset + 4 }
-    }
+fn parts(dtype: DType, rows: usize, columns: usize) -> Parts {
+    Parts::of(dtype, rows, columns, ALIGNMENT)
 }
 
 /// Bytes that a quantized weight takes on the device.
 pub fn device_bytes(dtype: DType, rows: usize, columns: usize) -> u64 {
-    Parts::of(dtype, rows, columns).end.next_multiple_of(256)
+    parts(dtype, rows, columns).end.next_multiple_of(256)
 }
 
-/// Quantizes a `[rows, columns]` tensor.
+/// A tensor quantized to nf4 or int8.
 ///
 /// # Errors
-/// For types that the engine does not quantize to.
-pub fn quantize(name: &str, dtype: DType, values: &[f32], rows: usize, columns: usize) -> Result<Vec<u8>, EngineError> {
-    match dtype {
-        DType::Nf4 => Ok(quantize_nf4(values, rows, columns)),
-        DType::Int8 => Ok(quantize_int8(values, rows, columns)),
-        other => {
-            let what = format!("{name} as {}: it has nf4 and int8", other.name());
-            Err(EngineError::Unsupported { engine: ENGINE, what })
-        }
-    }
-}
-
-fn largest(values: &[f32]) -> f32 {
-    values.iter().fold(0.0f32, |most, value| most.max(value.abs()))
-}
-
-fn quantize_nf4(values: &[f32], rows: usize, columns: usize) -> Vec<u8> {
-    let parts = Parts::of(DType::Nf4, rows, columns);
-    let mut bytes = vec![0; parts.end as usize];
-    let blocks = values.len().div_ceil(BLOCK);
-    let mut scales = vec![0.0f32; blocks];
-    let (codes, rest) = bytes.split_at_mut(parts.scales as usize);
-    values.par_chunks(BLOCK).zip(codes.par_chunks_mut(BLOCK / 2)).zip(scales.par_iter_mut()).for_each(
-        |((values, codes), scale)| {
-            *scale = largest(values);
-            let inverse = if *scale > 0.0 { 1.0 / *scale } else { 0.0 };
-            for (i, &value) in values.iter().enumerate() {
-                let code = BOUNDS.iter().filter(|&&bound| value * inverse > bound).count() as u8;
-                codes[i / 2] |= if i % 2 == 0 { code << 4 } else { code };
-            }
-        },
-    );
-    let offset = (scales.iter().map(|&scale| f64::from(scale)).sum::<f64>() / blocks.max(1) as f64) as f32;
-    let base = parts.scales as usize;
-    for (group, scales) in scales.chunks(GROUP).enumerate() {
-        let centred: Vec<f32> = scales.iter().map(|scale| scale - offset).collect();
-        let most = largest(&centred);
-        let inverse = if most > 0.0 { 1.0 / most } else { 0.0 };
-        for (i, &value) in centred.iter().enumerate() {
-            rest[group * GROUP + i] = block8::Map::Signed.nearest(value * inverse);
-        }
-        let at = parts.group_scales as usize - base + 4 * group;
-        rest[at..at + 4].copy_from_slice(&most.to_le_bytes());
-    }
-    let at = parts.offset as usize - base;
-    rest[at..at + 4].copy_from_slice(&offset.to_le_bytes());
-    bytes
-}
-
-fn quantize_int8(values: &[f32], rows: usize, columns: usize) -> Vec<u8> {
-    let parts = Parts::of(DType::Int8, rows, columns);
-    let mut bytes = vec![0; parts.end as usize];
-    let (codes, scales) = bytes.split_at_mut(parts.scales as usize);
-    let columns = columns.max(1);
-    for ((values, codes), scale) in
-        values.chunks(columns).zip(codes.chunks_mut(columns)).zip(scales.as_chunks_mut::<4>().0)
-    {
-        let most = largest(values) / 127.0;
-        let inverse = if most > 0.0 { 1.0 / most } else { 0.0 };
-        for (code, &value) in codes.iter_mut().zip(values) {
-            *code = (value * inverse).round() as i8 as u8;
-        }
-        *scale = most.to_le_bytes();
-    }
-    bytes
+/// For other types.
+pub fn quantize(name: &str, tensor: &Tensor<'_>, to: DType) -> Result<Vec<u8>, EngineError> {
+    let rows = tensor.shape.first().copied().unwrap_or(1);
+    let mut bytes = vec![0; parts(to, rows, tensor.shape.iter().skip(1).product()).end as usize];
+    quantized::quantize(name, tensor, to, ALIGNMENT, &mut bytes)?;
+    Ok(bytes)
 }
 
 impl Lowering<'_> {
     /// Unpacks the rows of a quantized weight that a view names, in the compute type.
     pub(super) fn dequantize(&mut self, weight: &View) -> Result<View, EngineError> {
         let (rows, columns) = self.whole(weight);
-        let parts = Parts::of(weight.dtype, rows, columns);
+        let parts = parts(weight.dtype, rows, columns);
         let dtype = self.unpacked_type();
         let place = Place::Unpacked;
         let unpacked = View { place, offset: 0, dtype, rows: weight.rows, stride: columns, start: 0, width: columns };
@@ -175,9 +69,16 @@ impl Lowering<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::quantized::{BLOCK, GROUP, NF4};
+    use crate::program::block8;
+
+    fn nf4(values: &[f32], rows: usize, columns: usize) -> Vec<u8> {
+        let tensor = Tensor { dtype: DType::F32, shape: vec![rows, columns], bytes: bytemuck::cast_slice(values) };
+        quantize("weight", &tensor, DType::Nf4).expect("quantized")
+    }
 
     fn unpack(bytes: &[u8], rows: usize, columns: usize) -> Vec<f32> {
-        let parts = Parts::of(DType::Nf4, rows, columns);
+        let parts = parts(DType::Nf4, rows, columns);
         let float = |at: usize| f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         (0..rows * columns)
             .map(|i| {
@@ -186,7 +87,7 @@ mod tests {
                 let scale = block8::Map::Signed.values()[usize::from(bytes[parts.scales as usize + block])]
                     * float(parts.group_scales as usize + 4 * (block / GROUP))
                     + float(parts.offset as usize);
-                tables::NF4[usize::from(code)] * scale
+                NF4[usize::from(code)] * scale
             })
             .collect()
     }
@@ -197,7 +98,7 @@ mod tests {
         // A sum of uniform numbers is near enough to normal.
         let uniform = |i: usize, j: u32| crate::program::random::uniform([1, 2, 3, 4], j, i as u32, 0) - 0.5;
         let values: Vec<f32> = (0..rows * columns).map(|i| (0..6).map(|j| uniform(i, j)).sum::<f32>() * 0.05).collect();
-        let found = unpack(&quantize_nf4(&values, rows, columns), rows, columns);
+        let found = unpack(&nf4(&values, rows, columns), rows, columns);
         let norm: f32 = values.iter().map(|x| x * x).sum::<f32>().sqrt();
         let error: f32 = values.iter().zip(&found).map(|(x, y)| (x - y).powi(2)).sum::<f32>().sqrt();
         assert!(error / norm < 0.11, "{}", error / norm);
@@ -252,7 +153,7 @@ mod tests {
             let number = |i: usize| crate::program::random::uniform([5, 6, 7, 8], 9, i as u32, 0) - 0.5;
             let weight: Vec<f32> = (0..rows * columns).map(number).collect();
             let input: Vec<f32> = (0..3 * columns).map(|i| number(i + 77_777)).collect();
-            let unpacked = unpack(&quantize_nf4(&weight, rows, columns), rows, columns);
+            let unpacked = unpack(&nf4(&weight, rows, columns), rows, columns);
             for (compute, tolerance) in [(DType::F32, 1e-4), (DType::F16, 1e-2)] {
                 let want = product((DType::F32, compute), &unpacked, &input, rows, columns);
                 let found = product((DType::Nf4, compute), &weight, &input, rows, columns);

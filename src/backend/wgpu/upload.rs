@@ -6,7 +6,8 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::quantized;
-use crate::backend::EngineError;
+use crate::backend::floats::{is_float, unpack};
+use crate::backend::{EngineError, Tensor};
 use crate::program::DType;
 
 /// `bytes` of type `from` as type `to`.
@@ -37,11 +38,8 @@ pub fn converted<'a>(
         return Err(wrong(format!("is {} and cannot become {}", from.name(), to.name())));
     }
     if to.is_quantized() {
-        let mut values = vec![0.0; bytes.len() / size(from)];
-        let parts = values.par_chunks_mut(PART).zip(bytes.par_chunks(PART * size(from)));
-        parts.for_each(|(values, bytes)| unpack(from, bytes, values));
-        let rows = shape.first().copied().unwrap_or(1);
-        return Ok(Cow::Owned(quantized::quantize(name, to, &values, rows, shape.iter().skip(1).product())?));
+        let tensor = Tensor { dtype: from, shape: shape.to_vec(), bytes };
+        return Ok(Cow::Owned(quantized::quantize(name, &tensor, to)?));
     }
     let mut converted = vec![0; to.bytes(shape) as usize];
     let parts = converted.par_chunks_mut(PART * size(to)).zip(bytes.par_chunks(PART * size(from)));
@@ -62,22 +60,6 @@ pub fn converted<'a>(
 /// Elements converted at a time.
 const PART: usize = 8192;
 
-fn is_float(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
-}
-
-fn unpack(from: DType, bytes: &[u8], values: &mut [f32]) {
-    match from {
-        DType::F16 => {
-            values.iter_mut().zip(words(bytes)).for_each(|(value, word)| *value = f16::from_le_bytes(word).to_f32())
-        }
-        DType::BF16 => {
-            values.iter_mut().zip(words(bytes)).for_each(|(value, word)| *value = bf16::from_le_bytes(word).to_f32());
-        }
-        _ => values.iter_mut().zip(words(bytes)).for_each(|(value, word)| *value = f32::from_le_bytes(word)),
-    }
-}
-
 fn pack(to: DType, values: &[f32], bytes: &mut [u8]) {
     match to {
         DType::F16 => put(bytes, values.iter().map(|&value| f16::from_f32(value).to_le_bytes())),
@@ -88,8 +70,4 @@ fn pack(to: DType, values: &[f32], bytes: &mut [u8]) {
 
 fn put<const N: usize>(bytes: &mut [u8], words: impl Iterator<Item = [u8; N]>) {
     bytes.as_chunks_mut::<N>().0.iter_mut().zip(words).for_each(|(to, word)| *to = word);
-}
-
-fn words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
-    bytes.as_chunks::<N>().0.iter().copied()
 }
