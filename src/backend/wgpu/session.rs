@@ -119,7 +119,9 @@ impl WgpuSession {
         }
         match Self::open_on(gpu, plan.clone(), Arc::clone(&weights), choices.clone(), true) {
             // A candidate may have taken the device or its memory with it: rules decide on a new one.
-            Err(EngineError::Device { .. } | EngineError::OutOfMemory { .. }) => Self::open_on(Gpu::shared(options)?, plan, weights, choices, false),
+            Err(EngineError::Device { .. } | EngineError::OutOfMemory { .. }) => {
+                Self::open_on(Gpu::shared(options)?, plan, weights, choices, false)
+            }
             opened => opened,
         }
     }
