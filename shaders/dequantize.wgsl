@@ -4,7 +4,7 @@
 // element in the upper half of its byte. Scales are offset + map[code] · group scale, 256 to a group (double quantization).
 // INT8: code · scale of the row.
 //
-//   EIGHTS  everything is in eights, which a thread takes at once; WORDS  the output is f16, written as words of two
+//   EIGHTS  everything is in eights, of which a thread takes four at once; WORDS  the output is f16, written as words of two
 fn byte(start: u32, i: u32) -> u32 {
   return (weight_get(start + i / 4u) >> ((i % 4u) * 8u)) & 255u;
 }
@@ -20,8 +20,35 @@ fn scale(element: u32) -> f32 {
 var<workgroup> level: array<f32, 16>;
 #end
 
+fn code(word: u32, shift: u32) -> f32 {
+#if INT8
+  return f32(extractBits(bitcast<i32>(word), shift, 8u));
+#else
+  return level[extractBits(word, shift, 4u)];
+#end
+}
+
 #if EIGHTS
-fn put8(i: u32, low: vec4<f32>, high: vec4<f32>) {
+struct Codes { words: vec2<u32>, scale: f32 }
+
+fn codes(element: u32) -> Codes {
+#if INT8
+  return Codes(vec2<u32>(weight_get(element / 4u), weight_get(element / 4u + 1u)), scale(element));
+#else
+  return Codes(vec2<u32>(weight_get(element / 8u), 0u), scale(element));
+#end
+}
+
+fn put8(i: u32, c: Codes) {
+  let w = c.words.x;
+#if INT8
+  let v = c.words.y;
+  let low = c.scale * vec4<f32>(code(w, 0u), code(w, 8u), code(w, 16u), code(w, 24u));
+  let high = c.scale * vec4<f32>(code(v, 0u), code(v, 8u), code(v, 16u), code(v, 24u));
+#else
+  let low = c.scale * vec4<f32>(code(w, 4u), code(w, 0u), code(w, 12u), code(w, 8u));
+  let high = c.scale * vec4<f32>(code(w, 20u), code(w, 16u), code(w, 28u), code(w, 24u));
+#end
 #if WORDS
   output[i / 8u] = vec4<u32>(pack2x16float(low.xy), pack2x16float(low.zw), pack2x16float(high.xy), pack2x16float(high.zw));
 #else
@@ -31,14 +58,6 @@ fn put8(i: u32, low: vec4<f32>, high: vec4<f32>) {
 }
 #end
 
-fn code(word: u32, shift: u32) -> f32 {
-#if INT8
-  return f32(extractBits(bitcast<i32>(word), shift, 8u));
-#else
-  return level[extractBits(word, shift, 4u)];
-#end
-}
-
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32,
         @builtin(num_workgroups) groups: vec3<u32>) {
@@ -47,19 +66,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   workgroupBarrier();
 #end
 #if EIGHTS
-  for (var i = (group.x * 256u + thread) * 8u; i < p.count; i += groups.x * 2048u) {
-    let element = p.first + i;
-    let s = scale(element);
-#if INT8
-    let v = weight_get(element / 4u);
-    let w = weight_get(element / 4u + 1u);
-    put8(i, s * vec4<f32>(code(v, 0u), code(v, 8u), code(v, 16u), code(v, 24u)),
-         s * vec4<f32>(code(w, 0u), code(w, 8u), code(w, 16u), code(w, 24u)));
-#else
-    let w = weight_get(element / 8u);
-    put8(i, s * vec4<f32>(code(w, 4u), code(w, 0u), code(w, 12u), code(w, 8u)),
-         s * vec4<f32>(code(w, 20u), code(w, 16u), code(w, 28u), code(w, 24u)));
-#end
+  // Four at a time: a scale is three reads, each of which waits for the one before.
+  let apart = groups.x * 2048u;
+  let last = p.count - 8u;
+  for (var i = (group.x * 256u + thread) * 8u; i < p.count; i += 4u * apart) {
+    let second = i + apart;
+    let third = second + apart;
+    let fourth = third + apart;
+    let c = codes(p.first + i);
+    let d = codes(p.first + min(second, last));
+    let e = codes(p.first + min(third, last));
+    let f = codes(p.first + min(fourth, last));
+    put8(i, c);
+    if (second < p.count) { put8(second, d); }
+    if (third < p.count) { put8(third, e); }
+    if (fourth < p.count) { put8(fourth, f); }
   }
 #else
   for (var i = group.x * 256u + thread; i < p.count; i += groups.x * 256u) {

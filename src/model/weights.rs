@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use memmap2::Mmap;
 #[cfg(unix)]
 use memmap2::UncheckedAdvice;
+use rayon::prelude::*;
 use safetensors::SafeTensors;
 
 use super::names::{self, WeightName};
@@ -227,6 +228,7 @@ fn normal(name: &str, seed: u64, elements: usize, deviation: f32) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32, 0, 0];
     let stream = random::stream(name);
     (0..elements)
+        .into_par_iter()
         .map(|index| {
             let (row, column) = ((index >> 16) as u32, (index & 0xffff) as u32);
             let radius = (-2.0 * (1.0 - random::uniform(key, stream, row, column)).ln()).sqrt();

@@ -61,7 +61,7 @@ impl Lowering<'_> {
         call.number("first", weight.start).number("count", count).number("columns", columns);
         call.number("scales", (parts.scales / 4) as usize).number("group_scales", (parts.group_scales / 4) as usize);
         call.number("offset", (parts.offset / 4) as usize);
-        let each = if eights { 2048 } else { 256 };
+        let each = if eights { 4 * 2048 } else { 256 };
         self.launch(call, [count.div_ceil(each).min(16384), 1, 1]).map(|()| unpacked)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rayon::prelude::*;
 
@@ -188,6 +189,7 @@ impl WgpuSession {
         };
         let mut measurements = Vec::new();
         if !lowered.questions.is_empty() {
+            let begun = Instant::now();
             let (trials, scratch) = tuning::trials(&plan, &storage, &facts, lowered.questions)?;
             memory.scratch = Some(gpu.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("scratch of trials"),
@@ -196,6 +198,7 @@ impl WgpuSession {
                 mapped_at_creation: false,
             }));
             let (chosen, found) = tuning::measure(&gpu, &memory, &plan, &storage, &trials)?;
+            tracing::debug!("{} choices by measurement in {:.1} s", chosen.len(), begun.elapsed().as_secs_f64());
             choices.extend(chosen);
             measurements = found;
             if !software {
@@ -209,9 +212,10 @@ impl WgpuSession {
         let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
         let parameters = allocate("parameters".into(), packed.len() as u64, uniform)?;
         gpu.queue.write_buffer(&parameters, 0, &packed);
-        let before = gpu.compiled.lock().map_or(0, |compiled| compiled.len());
+        let (before, begun) = (gpu.compiled.lock().map_or(0, |compiled| compiled.len()), Instant::now());
         let compiled = kernels.par_iter().map(|kernel| compile(&gpu, kernel)).collect::<Result<Vec<_>, _>>()?;
         gpu.failure.check()?;
+        tracing::debug!("{} kernels ready in {:.1} s", kernels.len(), begun.elapsed().as_secs_f64());
         if gpu.compiled.lock().map_or(0, |compiled| compiled.len()) > before {
             gpu.keep_pipelines();
         }
@@ -239,7 +243,9 @@ impl WgpuSession {
             measurements,
             allocated,
         };
+        let begun = Instant::now();
         session.load(weights.as_ref())?;
+        tracing::debug!("weights loaded in {:.1} s", begun.elapsed().as_secs_f64());
         Ok(session)
     }
 
