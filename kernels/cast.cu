@@ -32,9 +32,14 @@ extern "C" __global__ void cast_bf16_f32(const CastPart* parts, const Piece* pie
 extern "C" __global__ void cast_f32_f32(const CastPart* parts, const Piece* pieces) { cast<float, float>(parts, pieces); }
 extern "C" __global__ void cast_bf16_bf16(const CastPart* parts, const Piece* pieces) { cast<bf16, bf16>(parts, pieces); }
 
-extern "C" __global__ void convert_to_bf16(const void* from, int type, bf16* to, i64 elements) {
-    for (i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x; at < elements; at += (i64)gridDim.x * blockDim.x)
-        to[at] = to_bf16(checkpoint_value(from, type, at));
+// Elements from `first` on of rows of `columns`, which lie `stride` apart.
+extern "C" __global__ void convert_to_bf16(const void* from, int type, bf16* to, i64 first, i64 columns, i64 stride,
+                                           i64 elements) {
+    for (i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x; at < elements; at += (i64)gridDim.x * blockDim.x) {
+        i64 place = first + at;
+        if (columns != stride) place = place / columns * stride + place % columns;
+        to[place] = to_bf16(checkpoint_value(from, type, at));
+    }
 }
 
 extern "C" __global__ void convert_to_f32(const void* from, int type, float* to, i64 elements) {

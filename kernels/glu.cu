@@ -21,7 +21,7 @@ __device__ __forceinline__ void activation(float x, float& value, float& slope) 
 }
 
 template <int V, int GELU>
-__device__ __forceinline__ void glu(const bf16* gate_up, bf16* output, int columns) {
+__device__ __forceinline__ void glu(const bf16* gate_up, bf16* output, i64 output_stride, int columns) {
     int column = (blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (column >= columns) return;
     const bf16* row = gate_up + (i64)blockIdx.x * 2 * columns;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void glu(const bf16* gate_up, bf16* output, int colum
         activation<GELU>(gate[i], value, slope);
         up[i] *= value;
     }
-    store<V>(output + (i64)blockIdx.x * columns + column, up);
+    store<V>(output + blockIdx.x * output_stride + column, up);
 }
 
 template <int V, int GELU>
@@ -59,8 +59,9 @@ __device__ __forceinline__ void glu_backward(const bf16* grad_output, const bf16
 }
 
 #define GLU(NAME, V, GELU)                                                                                \
-    extern "C" __global__ void glu_##NAME(const bf16* gate_up, bf16* output, int columns) {               \
-        glu<V, GELU>(gate_up, output, columns);                                                           \
+    extern "C" __global__ void glu_##NAME(const bf16* gate_up, bf16* output, i64 output_stride,           \
+                                          int columns) {                                                  \
+        glu<V, GELU>(gate_up, output, output_stride, columns);                                            \
     }                                                                                                     \
     extern "C" __global__ void glu_backward_##NAME(const bf16* grad_output, const bf16* gate_up,          \
                                                    bf16* grad_gate_up, int columns) {                     \

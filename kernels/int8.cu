@@ -16,11 +16,11 @@ extern "C" __global__ void int8_quantize(const void* from, int type, signed char
 }
 
 // Columns [first_column, first_column + columns) of rows [first_row, first_row + rows) of a weight with `row_length`
-// columns, as bf16 rows of `columns`; for V = 8 all three column figures are multiples of 8.
+// columns, as bf16 rows `stride` apart; for V = 8 all three column figures are multiples of 8.
 // One thread V values in each of 8 rows, four rows' loads in flight; grid: (ceil(columns / V / blockDim.x), ceil(rows / 8)).
 template <int V>
-__device__ __forceinline__ void int8_dequantize(const signed char* codes, const float* scales, bf16* to, i64 row_length,
-                                                i64 first_row, i64 first_column, int columns, int rows) {
+__device__ __forceinline__ void int8_dequantize(const signed char* codes, const float* scales, bf16* to, i64 stride,
+                                                i64 row_length, i64 first_row, i64 first_column, int columns, int rows) {
     int column = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (column >= columns) return;
     for (int row = blockIdx.y * 8; row < min(rows, (int)blockIdx.y * 8 + 8); row += 4) {
@@ -48,19 +48,19 @@ __device__ __forceinline__ void int8_dequantize(const signed char* codes, const 
             float x[V];
 #pragma unroll
             for (int i = 0; i < V; i++) x[i] = (float)code[r][i] * scale[r];
-            if (row + r < rows) store<V>(to + (i64)(row + r) * columns + column, x);
+            if (row + r < rows) store<V>(to + (row + r) * stride + column, x);
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    int8_dequantize_8(const signed char* codes, const float* scales, bf16* to, i64 row_length, i64 first_row,
-                      i64 first_column, int columns, int rows) {
-    int8_dequantize<8>(codes, scales, to, row_length, first_row, first_column, columns, rows);
+    int8_dequantize_8(const signed char* codes, const float* scales, bf16* to, i64 stride, i64 row_length,
+                      i64 first_row, i64 first_column, int columns, int rows) {
+    int8_dequantize<8>(codes, scales, to, stride, row_length, first_row, first_column, columns, rows);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    int8_dequantize_1(const signed char* codes, const float* scales, bf16* to, i64 row_length, i64 first_row,
-                      i64 first_column, int columns, int rows) {
-    int8_dequantize<1>(codes, scales, to, row_length, first_row, first_column, columns, rows);
+    int8_dequantize_1(const signed char* codes, const float* scales, bf16* to, i64 stride, i64 row_length,
+                      i64 first_row, i64 first_column, int columns, int rows) {
+    int8_dequantize<1>(codes, scales, to, stride, row_length, first_row, first_column, columns, rows);
 }

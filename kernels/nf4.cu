@@ -76,11 +76,12 @@ extern "C" __global__ void nf4_quantize_scales(const float* scales, const float*
 }
 
 // Columns [first_column, first_column + columns) of rows [first_row, first_row + rows) of a weight with `row_length`
-// columns, as bf16 rows of `columns`. All three column figures are multiples of 64.
+// columns, as bf16 rows `stride` apart. All three column figures are multiples of 64.
 // One thread 8 values in each of 8 rows, four rows' loads in flight; grid: (ceil(columns / 8 / blockDim.x), ceil(rows / 8)).
 extern "C" __global__ void __launch_bounds__(128)
     nf4_dequantize(const u8* codes, const u8* scale_codes, const float* second_scales, const float* offset,
-                   const float* table, bf16* to, i64 row_length, i64 first_row, i64 first_column, int columns, int rows) {
+                   const float* table, bf16* to, i64 stride, i64 row_length, i64 first_row, i64 first_column, int columns,
+                   int rows) {
     // Tables for each lane's bank: no conflicts whatever the codes.
     __shared__ float levels[16 * 32];
     for (int i = threadIdx.x; i < 512; i += blockDim.x) levels[i] = NF4_LEVELS[i >> 5];
@@ -109,20 +110,20 @@ extern "C" __global__ void __launch_bounds__(128)
                 x[2 * i] = levels[((byte >> 4) & 15) * 32 + lane] * scale[r];
                 x[2 * i + 1] = levels[(byte & 15) * 32 + lane] * scale[r];
             }
-            if (row + r < rows) store<8>(to + (i64)(row + r) * columns + column, x);
+            if (row + r < rows) store<8>(to + (row + r) * stride + column, x);
         }
     }
 }
 
-// Any shape, one value a thread: whole rows [first_row, ...) of the weight, `elements` in all.
+// Any shape, one value a thread: whole rows [first_row, ...) of the weight, `elements` in all, to rows `stride` apart.
 extern "C" __global__ void nf4_dequantize_any(const u8* codes, const u8* scale_codes, const float* second_scales,
-                                              const float* offset, const float* table, bf16* to, i64 first_element,
-                                              i64 elements) {
+                                              const float* offset, const float* table, bf16* to, i64 stride,
+                                              i64 row_length, i64 first_element, i64 elements) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= elements) return;
     i64 element = first_element + i, block = element >> 6;
     float scale = table[scale_codes[block]] * second_scales[block >> 8] + *offset;
     u32 byte = codes[element >> 1];
     u32 code = element & 1 ? byte & 15 : byte >> 4;
-    to[i] = to_bf16(NF4_LEVELS[code] * scale);
+    to[i / row_length * stride + i % row_length] = to_bf16(NF4_LEVELS[code] * scale);
 }

@@ -8,8 +8,8 @@
 
 template <int V, class W>
 __device__ __forceinline__ void rms_norm(const bf16* input, const bf16* residual, bf16* sum, const W* weight,
-                                         bf16* output, float* inverse_rms, int columns, float epsilon,
-                                         float offset) {
+                                         bf16* output, i64 output_stride, float* inverse_rms, int columns,
+                                         float epsilon, float offset) {
     __shared__ float shared[32];
     i64 base = (i64)blockIdx.x * columns;
     float squares = 0.0f;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void rms_norm(const bf16* input, const bf16* residual
         load<V>(weight + column, w);
 #pragma unroll
         for (int i = 0; i < V; i++) x[i] = x[i] * inverse * (offset + w[i]);
-        store<V>(output + base + column, x);
+        store<V>(output + blockIdx.x * output_stride + column, x);
     }
 }
 
@@ -81,9 +81,9 @@ __device__ __forceinline__ void rms_norm_backward(const bf16* grad_output, const
 
 #define RMS_NORM(NAME, V, W)                                                                                       \
     extern "C" __global__ void rms_norm_##NAME(const bf16* input, const bf16* residual, bf16* sum, const W* weight, \
-                                               bf16* output, float* inverse_rms, int columns, float epsilon,        \
-                                               float offset) {                                                      \
-        rms_norm<V, W>(input, residual, sum, weight, output, inverse_rms, columns, epsilon, offset);                \
+                                               bf16* output, i64 output_stride, float* inverse_rms, int columns,    \
+                                               float epsilon, float offset) {                                       \
+        rms_norm<V, W>(input, residual, sum, weight, output, output_stride, inverse_rms, columns, epsilon, offset); \
     }                                                                                                               \
     extern "C" __global__ void rms_norm_backward_##NAME(                                                            \
         const bf16* grad_output, const bf16* input, const W* weight, const float* inverse_rms,                      \

@@ -72,7 +72,6 @@ fn adder(sizes: &[usize], capacity: usize) -> (Model, Runs) {
         fp8_flops: None,
         library_workspace: 0,
         graph_bytes: 0,
-        graph_branch_bytes: 0,
         bus_bandwidth: 24e9,
         host_memory: None,
         logits_bytes: 1 << 20,

@@ -47,6 +47,9 @@ fn variants(source: &Source, architecture: &str) -> Vec<Vec<Define>> {
                     variants.push(attention(d, window, softcap, &[]));
                 }
             }
+            "lora" => {
+                return ["16", "32", "64"].into_iter().map(|rank| vec![("RANK", rank.to_string())]).collect();
+            }
             // Older cards have no 8-bit floats.
             "fp8" if matches!(architecture, "sm_80" | "sm_86") => return Vec::new(),
             _ => return vec![Vec::new()],

@@ -10,6 +10,7 @@ mod build;
 mod op;
 pub mod plan;
 pub mod random;
+pub mod spare;
 mod target;
 
 pub use buffer::{Buffer, BufferId, Columns, DType, Kind};

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::Serialize;
 
+use super::spare::Spare;
 use super::{Access, BufferId, DType, Kind, Op, Program, ProjectionBackward, Role, Target, Workload};
 
 /// Where a buffer lies.
@@ -32,6 +33,8 @@ pub struct Plan {
     pub segments: Vec<u64>,
     /// Persistent buffers that lie in the host's memory; their placement is [`Placement::Own`].
     pub host: BTreeSet<BufferId>,
+    /// Columns that rows of buffers have beyond their own.
+    pub spare: Spare,
     pub summary: Summary,
 }
 
@@ -242,26 +245,28 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
         host.clear();
     }
     let host_bytes = host.iter().map(|id| aligned(workload.buffer(*id).bytes(), target.alignment)).sum();
+    let spare = Spare::new(&workload, &target);
     let mut placements = vec![Placement::Own; workload.buffers.len()];
     let mut segments: Vec<u64> = Vec::new();
     let mut bytes: BTreeMap<&'static str, u64> = BTreeMap::new();
     for (index, buffer) in workload.buffers.iter().enumerate() {
-        if buffer.kind.is_transient() || host.contains(&BufferId(index as u32)) {
+        let id = BufferId(index as u32);
+        if buffer.kind.is_transient() || host.contains(&id) {
             continue;
         }
-        *bytes.entry(buffer.kind.name()).or_default() += aligned(buffer.bytes(), target.alignment);
+        *bytes.entry(buffer.kind.name()).or_default() += aligned(spare.bytes(&workload, id), target.alignment);
     }
     let mut programs = Vec::new();
     let mut worst = (0, 0);
     for program in &workload.programs {
         let mut lives = lives(&workload, program);
         let shared = if target.works_in_place() { share(&workload, program, &mut lives) } else { Vec::new() };
-        place(&workload, &target, &lives, &mut placements, &mut segments)?;
+        place(&workload, &target, &spare, &lives, &mut placements, &mut segments)?;
         for (result, input) in shared {
             placements[result.index()] = placements[input.index()];
         }
-        place_rows(&workload, &mut placements);
-        let (activations, workspace) = peak(&workload, program, &lives);
+        place_rows(&workload, &spare, &mut placements);
+        let (activations, workspace) = peak(&workload, &spare, program, &lives);
         if activations + workspace > worst.0 + worst.1 {
             worst = (activations, workspace);
         }
@@ -295,7 +300,7 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
         return Err(PlanError::DoesNotFit { needed: peak_bytes, available, target: target.name, fits: Vec::new() });
     }
     let summary = Summary { bytes, peak_bytes, host_bytes, programs };
-    Ok(Plan { workload, target, placements, segments, host, summary })
+    Ok(Plan { workload, target, placements, segments, host, spare, summary })
 }
 
 /// Operations that may be in captured programs whatever they take: about five launches each.
@@ -315,19 +320,8 @@ fn capture(workload: &Workload, target: &Target, programs: &mut [ProgramSummary]
             continue;
         }
         captured += operations;
-        summary.graph_bytes = program.steps.iter().map(|step| captured_bytes(workload, &step.op, target)).sum();
+        summary.graph_bytes = operations as u64 * target.graph_bytes;
     }
-}
-
-/// What an operation takes on the device in a captured program.
-fn captured_bytes(workload: &Workload, op: &Op, target: &Target) -> u64 {
-    let adapted = match op {
-        Op::Linear { projections, .. } => projections.iter().any(|p| p.lora.is_some()),
-        Op::LinearBackward { projections, .. } => projections.iter().any(|p| p.lora.is_some()),
-        _ => false,
-    };
-    let seconds = op.flops(workload) as f64 / target.rates.flops;
-    if adapted && target.branches_beside(seconds) { target.graph_branch_bytes } else { target.graph_bytes }
 }
 
 /// Seconds that a program should take: each operation the longer of its arithmetic and its memory traffic, and copies that
@@ -432,11 +426,11 @@ fn share(workload: &Workload, program: &Program, lives: &mut Vec<Life>) -> Vec<(
 }
 
 /// Activation and workspace bytes alive at the program's worst step.
-fn peak(workload: &Workload, program: &Program, lives: &[Life]) -> (u64, u64) {
+fn peak(workload: &Workload, spare: &Spare, program: &Program, lives: &[Life]) -> (u64, u64) {
     let mut change = vec![(0i64, 0i64); program.steps.len() + 1];
     for life in lives {
         let buffer = workload.buffer(life.buffer);
-        let bytes = buffer.bytes() as i64;
+        let bytes = spare.bytes(workload, life.buffer) as i64;
         let (add, remove) = (life.first, life.last + 1);
         if buffer.kind == Kind::Workspace {
             change[add].1 += bytes;
@@ -459,11 +453,12 @@ fn peak(workload: &Workload, program: &Program, lives: &[Life]) -> (u64, u64) {
 fn place(
     workload: &Workload,
     target: &Target,
+    spare: &Spare,
     lives: &[Life],
     placements: &mut [Placement],
     segments: &mut Vec<u64>,
 ) -> Result<(), PlanError> {
-    let size = |life: &Life| aligned(workload.buffer(life.buffer).bytes().max(1), target.alignment);
+    let size = |life: &Life| aligned(spare.bytes(workload, life.buffer).max(1), target.alignment);
     let mut order: Vec<&Life> = lives.iter().collect();
     order.sort_by_key(|life| (std::cmp::Reverse(size(life)), life.first, life.buffer));
     // Placed so far, a list a segment: (life, offset, bytes).
@@ -498,11 +493,11 @@ fn place(
 }
 
 /// Puts buffers that are rows of others where those rows are.
-fn place_rows(workload: &Workload, placements: &mut [Placement]) {
+fn place_rows(workload: &Workload, spare: &Spare, placements: &mut [Placement]) {
     for (index, buffer) in workload.buffers.iter().enumerate() {
         let Some((whole, first)) = buffer.within else { continue };
         if let Placement::Arena { segment, offset } = placements[whole.index()] {
-            let offset = offset + buffer.dtype.bytes(&[first, buffer.columns()]);
+            let offset = offset + buffer.dtype.bytes(&[first, buffer.columns() + spare.of(workload, whole)]);
             placements[index] = Placement::Arena { segment, offset };
         }
     }

@@ -49,8 +49,6 @@ pub struct Target {
     pub library_workspace: u64,
     /// What an operation of a program takes on the device once the program is captured, bytes.
     pub graph_bytes: u64,
-    /// The same for an operation whose small products run beside the large one, bytes.
-    pub graph_branch_bytes: u64,
     /// Between device and host, bytes per second.
     pub bus_bandwidth: f64,
     /// Bytes that layers may leave in the host's memory; none where it is not known.
@@ -85,9 +83,9 @@ impl Target {
         self.engine == "cuda"
     }
 
-    /// Whether the small products of a LoRA branch run beside products that take so many seconds.
-    pub fn branches_beside(&self, seconds: f64) -> bool {
-        self.engine == "cuda" && seconds < 0.13e-3
+    /// Whether a product takes LoRA branches beside its factors, in columns that their rows have to spare.
+    pub fn branches_beside(&self) -> bool {
+        self.engine == "cuda"
     }
 
     /// Whether arithmetic goes on while memory is waited for. A CPU's products first convert the weights, then compute.

@@ -89,7 +89,6 @@ pub fn target() -> Result<Target, EngineError> {
         fp8_flops: None,
         library_workspace: 0,
         graph_bytes: 0,
-        graph_branch_bytes: 0,
         bus_bandwidth: 24e9,
         host_memory: None,
         logits_bytes: 64 << 20,

@@ -70,8 +70,8 @@ pub fn ceilings(ordinal: usize) -> Result<Ceilings, EngineError> {
             alpha: Alpha::One,
             accumulate: false,
         };
-        let prepared = products.prepare(product, Lane::Main)?;
-        let seconds = median(&|| products.launch(&prepared, Lane::Main))?;
+        let prepared = products.prepare(product)?;
+        let seconds = median(&|| products.launch(&prepared))?;
         Ok::<f64, EngineError>(prepared.product.flops() as f64 / seconds)
     };
     let bf16 = rate(DType::BF16)?;

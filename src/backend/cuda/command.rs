@@ -18,6 +18,8 @@ pub(super) enum Slot {
     Word(u64),
     /// A description of a matrix for the tensor memory accelerator.
     Map(Box<TensorMap>),
+    /// A struct, in words.
+    Table(Box<[u64]>),
 }
 
 /// A tensor map, as the driver encodes it.
@@ -72,6 +74,13 @@ impl Argument for TensorMap {
     }
 }
 
+/// A struct of words, taken by value.
+impl Argument for Box<[u64]> {
+    fn slot(self) -> Slot {
+        Slot::Table(self)
+    }
+}
+
 /// Pointers.
 impl Argument for u64 {
     fn slot(self) -> Slot {
@@ -123,7 +132,7 @@ pub(super) struct Launch {
 
 pub(super) enum Command {
     Launch(Launch),
-    Product(Box<Prepared>, Lane),
+    Product(Box<Prepared>),
     Zero {
         pointer: u64,
         bytes: u64,
@@ -144,7 +153,7 @@ impl Command {
     pub fn run(&self, card: &Card, products: &Products) -> Result<(), EngineError> {
         match self {
             Command::Launch(launch) => launch.run(card),
-            Command::Product(prepared, lane) => products.launch(prepared, *lane),
+            Command::Product(prepared) => products.launch(prepared),
             Command::Zero { pointer, bytes } => zero(card, *pointer, *bytes),
             Command::Copy { from, to, bytes, lane } => copy(card, *lane, *from, *to, *bytes),
             Command::Mark(event, lane) => event.record_on(*lane),
@@ -155,10 +164,9 @@ impl Command {
     /// Runs it on the main stream, wherever it belongs; nothing else is on its way.
     pub fn run_alone(&self, card: &Card, products: &Products) -> Result<(), EngineError> {
         match self {
-            Command::Product(prepared, _) => products.launch(prepared, Lane::Main),
             Command::Copy { from, to, bytes, .. } => copy(card, Lane::Main, *from, *to, *bytes),
             Command::Mark(..) | Command::Hold(..) => Ok(()),
-            Command::Launch(_) | Command::Zero { .. } => self.run(card, products),
+            Command::Launch(_) | Command::Product(_) | Command::Zero { .. } => self.run(card, products),
         }
     }
 
@@ -166,7 +174,7 @@ impl Command {
     pub fn describe(&self) -> Option<(String, u64, bool)> {
         match self {
             Command::Launch(launch) => Some((launch.entry.clone(), 0, false)),
-            Command::Product(prepared, _) => {
+            Command::Product(prepared) => {
                 let product = &prepared.product;
                 Some((product.shape(), product.flops(), product.left.dtype == DType::Fp8))
             }
@@ -185,6 +193,7 @@ impl Launch {
         let address = |slot: &Slot| match slot {
             Slot::Word(word) => std::ptr::from_ref(word).cast_mut().cast::<c_void>(),
             Slot::Map(map) => std::ptr::from_ref::<TensorMap>(map).cast_mut().cast(),
+            Slot::Table(words) => words.as_ptr().cast_mut().cast(),
         };
         let mut parameters: Vec<*mut c_void> = self.arguments.iter().map(address).collect();
         // SAFETY: the function is loaded; the driver copies the arguments before it returns; they were written to

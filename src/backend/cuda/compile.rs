@@ -60,6 +60,7 @@ pub const SOURCES: &[Source] = &[
     source!("fp8", "checkpoint.cuh"),
     source!("glu"),
     source!("int8", "checkpoint.cuh"),
+    source!("lora", "tensor_core.cuh"),
     source!("nf4", "checkpoint.cuh"),
     source!("rms_norm"),
     source!("rope"),

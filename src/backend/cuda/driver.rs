@@ -47,12 +47,7 @@ pub(super) enum Lane {
     Main,
     /// Copies between card and host.
     Copies,
-    /// Small products beside others.
-    Side(usize),
 }
-
-/// Streams for small products.
-pub(super) const SIDES: usize = 2;
 
 /// An opened card: its context, and its streams.
 pub(super) struct Card {
@@ -62,10 +57,11 @@ pub(super) struct Card {
     /// The main one.
     pub stream: sys::CUstream,
     copies: sys::CUstream,
-    sides: [sys::CUstream; SIDES],
     /// Compute capability.
     pub capability: (i32, i32),
     pub multiprocessors: u32,
+    /// Most bytes of shared memory that a block may ask for.
+    pub shared_bytes: usize,
 }
 
 // SAFETY: the driver's handles may be used from any thread; each call binds the context to its thread first.
@@ -130,15 +126,16 @@ impl Card {
         unsafe { result::ctx::set_current(context) }.during("binding the context")?;
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).during("making a stream");
         let CardFacts { name, capability, multiprocessors, .. } = facts;
-        let (main, copies, sides) = (stream()?, stream()?, [stream()?, stream()?]);
-        Ok(Arc::new(Self { name, device, context, stream: main, copies, sides, capability, multiprocessors }))
+        let most = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_bytes = attribute(device, most)? as usize;
+        let (main, copies) = (stream()?, stream()?);
+        Ok(Arc::new(Self { name, device, context, stream: main, copies, capability, multiprocessors, shared_bytes }))
     }
 
     pub fn lane(&self, lane: Lane) -> sys::CUstream {
         match lane {
             Lane::Main => self.stream,
             Lane::Copies => self.copies,
-            Lane::Side(index) => self.sides[index],
         }
     }
 
@@ -167,7 +164,7 @@ impl Drop for Card {
         // means that the context is already lost.
         unsafe {
             let _ = result::ctx::set_current(self.context);
-            for stream in [self.stream, self.copies].into_iter().chain(self.sides) {
+            for stream in [self.stream, self.copies] {
                 let _ = result::stream::destroy(stream);
             }
             let _ = result::primary_ctx::release(self.device);
@@ -225,6 +222,82 @@ pub(super) fn read(card: &Card, pointer: u64, bytes: &mut [u8]) -> Result<(), En
     // SAFETY: callers pass a range of device memory that they own; the stream is waited for before returning.
     unsafe { result::memcpy_dtoh_async(bytes, pointer, card.stream) }.during("copying from the card")?;
     card.synchronize()
+}
+
+/// Rows that lie apart on the device and end to end on the host.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows {
+    /// Bytes of one.
+    pub bytes: usize,
+    /// Bytes from one to the next on the device.
+    pub stride: usize,
+    pub count: usize,
+}
+
+impl Rows {
+    /// From the host, in the order of the stream; the source must not change until it has passed.
+    fn send(self, card: &Card, from: *const u8, to: u64) -> Result<(), EngineError> {
+        use sys::CUmemorytype::{CU_MEMORYTYPE_DEVICE, CU_MEMORYTYPE_HOST};
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CU_MEMORYTYPE_HOST,
+            srcHost: from.cast(),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: self.bytes,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: self.stride,
+            WidthInBytes: self.bytes,
+            Height: self.count,
+        };
+        // SAFETY: callers pass memory of these sizes that they own.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, card.stream) }.result().during("copying rows to the card")
+    }
+
+    /// To the host, after all work on the stream.
+    fn fetch(self, card: &Card, from: u64, to: *mut u8) -> Result<(), EngineError> {
+        use sys::CUmemorytype::{CU_MEMORYTYPE_DEVICE, CU_MEMORYTYPE_HOST};
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CU_MEMORYTYPE_DEVICE,
+            srcHost: std::ptr::null(),
+            srcDevice: from,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: self.stride,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CU_MEMORYTYPE_HOST,
+            dstHost: to.cast(),
+            dstDevice: 0,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: self.bytes,
+            WidthInBytes: self.bytes,
+            Height: self.count,
+        };
+        // SAFETY: callers pass memory of these sizes that they own; the stream is waited for before returning.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, card.stream) }.result().during("copying rows from the card")?;
+        card.synchronize()
+    }
+}
+
+/// Copies host bytes to rows on the device, and waits.
+pub(super) fn write_rows(card: &Card, pointer: u64, rows: Rows, bytes: &[u8]) -> Result<(), EngineError> {
+    debug_assert_eq!(bytes.len(), rows.bytes * rows.count);
+    rows.send(card, bytes.as_ptr(), pointer)?;
+    card.synchronize()
+}
+
+/// Copies rows on the device to the host after all work on the stream.
+pub(super) fn read_rows(card: &Card, pointer: u64, rows: Rows, bytes: &mut [u8]) -> Result<(), EngineError> {
+    debug_assert_eq!(bytes.len(), rows.bytes * rows.count);
+    rows.fetch(card, pointer, bytes.as_mut_ptr())
 }
 
 /// Copies between any memory that the card reaches, page-locked host memory included, in the order of a stream.
@@ -304,6 +377,14 @@ impl PinnedMemory {
         unsafe { sys::cuMemcpyHtoDAsync_v2(pointer, self.start.cast::<c_void>(), bytes, self.card.stream) }
             .result()
             .during("streaming weights to the card")
+    }
+}
+
+impl PinnedMemory {
+    /// As [`Self::send`], to rows that lie apart.
+    pub fn send_rows(&self, pointer: u64, rows: Rows) -> Result<(), EngineError> {
+        debug_assert!(rows.bytes * rows.count <= self.bytes);
+        rows.send(&self.card, self.start, pointer)
     }
 }
 

@@ -10,6 +10,7 @@ use super::driver::{Card, DeviceMemory, PinnedMemory, failed, zero};
 use super::product::Matrix;
 use crate::backend::EngineError;
 use crate::program::plan::{Fp8Sizes, fp8_sizes, scratch_bytes};
+use crate::program::spare::Spare;
 use crate::program::{Access, Buffer, BufferId, Columns, DType, Kind, Op, Placement, Plan, Workload};
 
 const ALIGNMENT: u64 = 256;
@@ -65,12 +66,13 @@ fn stored(buffer: &Buffer, written: bool) -> DType {
     }
 }
 
-fn stored_bytes(buffer: &Buffer, dtype: DType) -> u64 {
+fn stored_bytes(buffer: &Buffer, dtype: DType, spare: usize) -> u64 {
     match dtype {
         // The scale comes after the last weight of a linear operation.
         DType::Fp8 => buffer.elements() as u64,
         DType::Nf4 => Nf4Parts::at(0, buffer.elements() as u64).end,
         DType::Int8 => Int8Parts::at(0, buffer.elements() as u64, buffer.rows() as u64).end,
+        _ if spare > 0 => dtype.bytes(&[buffer.rows(), buffer.columns() + spare]),
         _ => dtype.bytes(&buffer.shape),
     }
 }
@@ -104,6 +106,8 @@ impl Fp8Scratch {
 pub(super) struct Memory {
     addresses: Vec<u64>,
     stored: Vec<DType>,
+    /// Columns that rows have beyond their own.
+    spare: Spare,
     /// Where the scales of weights in 8-bit floats lie: the weights of one linear operation share one.
     scales: HashMap<BufferId, u64>,
     fp8: Option<Fp8Scratch>,
@@ -139,7 +143,7 @@ impl Memory {
                 // Members that end on no 16-byte boundary cannot touch.
                 let start = if next.is_multiple_of(16) { next } else { next.next_multiple_of(ALIGNMENT) };
                 addresses[id.index()] = start;
-                next = start + stored_bytes(workload.buffer(id), stored[id.index()]);
+                next = start + stored_bytes(workload.buffer(id), stored[id.index()], plan.spare.of(workload, id));
             }
             if !eight_bit.is_empty() {
                 let scale = next.next_multiple_of(16);
@@ -156,7 +160,7 @@ impl Memory {
         let scratch = DeviceMemory::new(card, scratch_bytes(workload, &plan.target), "scratch")?;
         let mut host = HashMap::new();
         for &id in &plan.host {
-            let bytes = stored_bytes(workload.buffer(id), stored[id.index()]);
+            let bytes = stored_bytes(workload.buffer(id), stored[id.index()], 0);
             let mut memory = PinnedMemory::new(card, bytes.max(16) as usize)?;
             if workload.buffer(id).kind == Kind::Optimizer {
                 memory.bytes_mut().fill(0);
@@ -170,7 +174,7 @@ impl Memory {
             }
             addresses[index] = match plan.placements[index] {
                 Placement::Arena { segment, offset } => {
-                    if offset + buffer.bytes() > segments[segment].bytes {
+                    if offset + plan.spare.bytes(workload, BufferId(index as u32)) > segments[segment].bytes {
                         return Err(failed(format!("{} does not fit its arena segment", buffer.name)));
                     }
                     segments[segment].pointer + offset
@@ -183,7 +187,8 @@ impl Memory {
         scales.values_mut().for_each(|scale| *scale += persistent.pointer);
         let sizes = fp8_sizes(workload);
         let fp8 = if scales.is_empty() { None } else { Some(Fp8Scratch::new(card, sizes)?) };
-        let memory = Self { addresses, stored, scales, fp8, persistent, segments, host, scratch };
+        let spare = plan.spare.clone();
+        let memory = Self { addresses, stored, spare, scales, fp8, persistent, segments, host, scratch };
         zero(card, memory.persistent.pointer, memory.persistent.bytes)?;
         memory.zero_arena(card)?;
         Ok(memory)
@@ -235,6 +240,11 @@ impl Memory {
         self.scales.get(&id).copied().unwrap_or(0)
     }
 
+    /// Columns that the buffer's rows have beyond their own.
+    pub fn spare(&self, workload: &Workload, id: BufferId) -> usize {
+        self.spare.of(workload, id)
+    }
+
     /// The type in which the buffer is held.
     pub fn stored(&self, id: BufferId) -> DType {
         self.stored[id.index()]
@@ -254,7 +264,7 @@ impl Memory {
     pub fn matrix(&self, workload: &Workload, id: BufferId) -> Matrix {
         let buffer = workload.buffer(id);
         let matrix = Matrix::new(self.address(id), self.stored(id), buffer.rows(), buffer.columns());
-        Matrix { scale: self.scale(id), ..matrix }
+        Matrix { scale: self.scale(id), stride: matrix.columns + self.spare(workload, id), ..matrix }
     }
 
     /// A block of columns of a buffer.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use cudarc::cublaslt::{result, sys};
 
-use super::driver::{Card, DeviceMemory, During, Event, Lane, SIDES, failed, version as driver_version};
+use super::driver::{Card, DeviceMemory, During, Event, failed, version as driver_version};
 use super::tuning::{Algorithm, Tuning};
 use crate::backend::EngineError;
 use crate::program::DType;
@@ -80,28 +80,6 @@ pub(super) struct Product {
     pub alpha: Alpha,
     /// Adds to the output instead of replacing it.
     pub accumulate: bool,
-}
-
-/// Scratch that the library may use for a product.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Room {
-    /// On the main stream.
-    Whole,
-    /// Beside it.
-    Side,
-}
-
-impl Room {
-    fn of(lane: Lane) -> Self {
-        if lane == Lane::Main { Room::Whole } else { Room::Side }
-    }
-
-    fn bytes(self) -> u64 {
-        match self {
-            Room::Whole => WORKSPACE_BYTES,
-            Room::Side => SIDE_WORKSPACE_BYTES,
-        }
-    }
 }
 
 impl Product {
@@ -198,9 +176,6 @@ impl Drop for Prepared {
 /// Bytes of scratch that cuBLASLt may use. With a quarter of it the products of a 135M model took 5% longer.
 pub(super) const WORKSPACE_BYTES: u64 = 32 << 20;
 
-/// The same for a product beside others.
-pub(super) const SIDE_WORKSPACE_BYTES: u64 = 4 << 20;
-
 /// How many of the library's proposals are timed.
 const CANDIDATES: usize = 8;
 
@@ -209,7 +184,6 @@ pub(super) struct Products {
     card: Arc<Card>,
     handle: sys::cublasLtHandle_t,
     workspace: DeviceMemory,
-    sides: DeviceMemory,
     /// f32 0 and 1.
     constants: DeviceMemory,
     tuning: Tuning,
@@ -239,7 +213,7 @@ impl Products {
     /// `tuning`: a table that an earlier session gave.
     pub fn new(card: &Arc<Card>, tuning: Option<&str>) -> Result<Self, EngineError> {
         let made_with = format!(
-            "{}, driver for CUDA {}, cuBLASLt {}, workspace {WORKSPACE_BYTES} and {SIDE_WORKSPACE_BYTES}",
+            "{}, driver for CUDA {}, cuBLASLt {}, workspace {WORKSPACE_BYTES}",
             card.name,
             driver_version(),
             version()
@@ -249,7 +223,6 @@ impl Products {
             card: card.clone(),
             handle,
             workspace: DeviceMemory::new(card, WORKSPACE_BYTES, "cuBLASLt's workspace")?,
-            sides: DeviceMemory::new(card, SIDES as u64 * SIDE_WORKSPACE_BYTES, "cuBLASLt's workspace")?,
             constants: DeviceMemory::with(card, bytemuck::cast_slice(&[0.0f32, 1.0]), "constants")?,
             tuning: Tuning::new(made_with, tuning),
             checked: HashSet::new(),
@@ -305,24 +278,28 @@ impl Products {
 
     /// Bytes of scratch on the device.
     pub fn allocated(&self) -> u64 {
-        self.workspace.bytes + self.sides.bytes
+        self.workspace.bytes
+    }
+
+    /// Where the library's scratch lies, and its bytes: free for kernels between products.
+    pub fn workspace(&self) -> (u64, u64) {
+        (self.workspace.pointer, self.workspace.bytes)
     }
 
     /// Describes a product and chooses its algorithm: from the table, else by timing the library's proposals on
-    /// the product's own memory, whose output is overwritten. `lane`: where it will run.
-    pub fn prepare(&mut self, product: Product, lane: Lane) -> Result<Prepared, EngineError> {
+    /// the product's own memory, whose output is overwritten.
+    pub fn prepare(&mut self, product: Product) -> Result<Prepared, EngineError> {
         let mut prepared = self.describe(product)?;
-        let room = Room::of(lane);
-        let key = key_in(&prepared.product, room);
+        let key = prepared.product.key();
         if let Some(chosen) = self.tuning.get(&key) {
             prepared.algorithm.data = chosen.data;
-            if self.checked.contains(&key) || self.takes(&prepared, room) {
+            if self.checked.contains(&key) || self.takes(&prepared) {
                 self.checked.insert(key);
                 return Ok(prepared);
             }
         }
         let mut best: Option<(f32, [u64; 8])> = None;
-        for candidate in self.proposals(&prepared, room)? {
+        for candidate in self.proposals(&prepared)? {
             prepared.algorithm = candidate;
             if let Ok(milliseconds) = self.time(&prepared, best.map_or(f32::INFINITY, |(fastest, _)| fastest))
                 && best.is_none_or(|(fastest, _)| milliseconds < fastest)
@@ -353,18 +330,13 @@ impl Products {
         Ok(in_order < in_reverse)
     }
 
-    /// Milliseconds that the products take one after the other.
-    pub fn milliseconds(&mut self, products: &[Product]) -> Result<f32, EngineError> {
-        self.time_of(products, false)
-    }
-
     /// Milliseconds of the products as they are, or all of them adding to their outputs.
     fn time_of(&mut self, products: &[Product], adding: bool) -> Result<f32, EngineError> {
         let mut sum = 0.0;
         for product in products {
             let product = Product { accumulate: product.accumulate || adding, ..product.clone() };
             let key = product.key();
-            self.prepare(product, Lane::Main)?;
+            self.prepare(product)?;
             sum += self.tuning.get(&key).map_or(0.0, |chosen| chosen.milliseconds);
         }
         Ok(sum)
@@ -381,7 +353,7 @@ impl Products {
     }
 
     /// Whether the library runs the product with the algorithm that it is given.
-    fn takes(&self, prepared: &Prepared, room: Room) -> bool {
+    fn takes(&self, prepared: &Prepared) -> bool {
         // SAFETY: a struct of plain numbers, for which zero bytes are valid.
         let mut result: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         // SAFETY: all descriptors are alive.
@@ -397,10 +369,10 @@ impl Products {
                 &mut result,
             )
         };
-        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize as u64 <= room.bytes()
+        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize as u64 <= WORKSPACE_BYTES
     }
 
-    fn proposals(&self, prepared: &Prepared, room: Room) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
+    fn proposals(&self, prepared: &Prepared) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, EngineError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as A;
         let preference = result::create_matmul_pref().during("describing a preference")?;
         let set = |attribute, value: *const c_void, bytes| {
@@ -408,7 +380,7 @@ impl Products {
             unsafe { result::set_matmul_pref_attribute(preference, attribute, value, bytes) }
                 .during("describing a preference")
         };
-        let workspace = room.bytes();
+        let workspace = WORKSPACE_BYTES;
         let mut outcome =
             set(A::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), size_of::<u64>());
         let product = &prepared.product;
@@ -458,11 +430,11 @@ impl Products {
     /// Milliseconds of the fastest of a few launches; of fewer where the first is far from `best`.
     fn time(&self, prepared: &Prepared, best: f32) -> Result<f32, EngineError> {
         let (start, end) = (Event::new(&self.card)?, Event::new(&self.card)?);
-        self.launch(prepared, Lane::Main)?;
+        self.launch(prepared)?;
         let mut fastest = f32::INFINITY;
         for _ in 0..3 {
             start.record()?;
-            self.launch(prepared, Lane::Main)?;
+            self.launch(prepared)?;
             end.record()?;
             end.wait()?;
             fastest = fastest.min(start.milliseconds_until(&end)?);
@@ -473,12 +445,8 @@ impl Products {
         Ok(fastest)
     }
 
-    pub fn launch(&self, prepared: &Prepared, lane: Lane) -> Result<(), EngineError> {
+    pub fn launch(&self, prepared: &Prepared) -> Result<(), EngineError> {
         let product = &prepared.product;
-        let (workspace, bytes) = match lane {
-            Lane::Side(side) => (self.sides.pointer + side as u64 * SIDE_WORKSPACE_BYTES, SIDE_WORKSPACE_BYTES),
-            Lane::Main | Lane::Copies => (self.workspace.pointer, self.workspace.bytes),
-        };
         // SAFETY: descriptors are alive, and the matrices lie in memory of the session.
         unsafe {
             result::matmul(
@@ -495,20 +463,12 @@ impl Products {
                 product.output.pointer as *mut c_void,
                 prepared.output,
                 &prepared.algorithm,
-                workspace as *mut c_void,
-                bytes as usize,
-                self.card.lane(lane).cast(),
+                self.workspace.pointer as *mut c_void,
+                self.workspace.bytes as usize,
+                self.card.stream.cast(),
             )
         }
         .during(&format!("the product {:?}", prepared.product))
-    }
-}
-
-/// The key of a product's entry in the table.
-fn key_in(product: &Product, room: Room) -> String {
-    match room {
-        Room::Whole => product.key(),
-        Room::Side => product.key() + " beside",
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::command::{Command, Launch, arguments};
 use super::compile::{Kernels, Variant};
 use super::driver::{Card, DeviceMemory, Event, Graph, failed, zero};
-use super::lower::{Lowering, attention};
+use super::lower::{Lowering, attention, lora};
 use super::memory::Memory;
 use super::product::Products;
 use super::tables::Tables;
@@ -75,7 +75,8 @@ impl CudaSession {
         let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
         let mut used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
         for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
-            let new = attention::files(card.capability, &step.op).into_iter().filter(|variant| !used.contains(variant));
+            let wanted = attention::files(card.capability, &step.op).into_iter().chain(lora::files(&step.op));
+            let new = wanted.filter(|variant| !used.contains(variant));
             used.extend(new.collect::<Vec<_>>());
         }
         kernels.prepare(&used)?;

@@ -1,8 +1,7 @@
 //! The card as plain data: of the card present, or of known ones.
 
-use super::driver::SIDES;
 use super::driver::{CardFacts, unsupported};
-use super::product::{SIDE_WORKSPACE_BYTES, WORKSPACE_BYTES};
+use super::product::WORKSPACE_BYTES;
 use crate::backend::EngineError;
 use crate::program::{DType, Rates, Target};
 
@@ -68,13 +67,9 @@ pub const KNOWN_CARDS: &[KnownCard] = &[
 /// Bytes that driver and context take on the card beside what the engine allocates, roughly.
 const CONTEXT_BYTES: u64 = 600 << 20;
 
-/// What the driver takes for an operation of a captured program that is a straight line: full fine-tuning of 135M took
+/// What the driver takes for an operation of a captured program, which is a straight line: full fine-tuning of 135M took
 /// less than 8 MiB for 550 operations.
 const GRAPH_BYTES: u64 = 8 << 10;
-
-/// The same for an operation that spreads over streams: fifteen programs of 135M with LoRA took 28 MiB each, with 240 such
-/// operations in a program.
-const GRAPH_BRANCH_BYTES: u64 = 108 << 10;
 
 impl KnownCard {
     /// The card that a name means, as the driver or a user writes it.
@@ -140,9 +135,8 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
             per_op: 3e-6,
         },
         fp8_flops: fp8.then_some(matrix_tflops * FP8_SPEEDUP * 1e12),
-        library_workspace: WORKSPACE_BYTES + SIDES as u64 * SIDE_WORKSPACE_BYTES + (8 << 20),
+        library_workspace: WORKSPACE_BYTES + (8 << 20),
         graph_bytes: GRAPH_BYTES,
-        graph_branch_bytes: GRAPH_BRANCH_BYTES,
         bus_bandwidth: bus_gbs * 1e9,
         host_memory: None,
         logits_bytes: 256 << 20,

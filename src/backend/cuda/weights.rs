@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::command::{Launch, Slot, arguments};
 use super::compile::Kernels;
-use super::driver::{Card, Event, PinnedMemory, failed, read, unsupported, write};
+use super::driver::{Card, Event, PinnedMemory, Rows, failed, read, read_rows, unsupported, write, write_rows};
 use super::memory::{Int8Parts, Memory, Nf4Parts};
 use super::tables::Tables;
 use crate::backend::{EngineError, Tensor, WeightSource};
@@ -66,23 +66,33 @@ impl<'a> Loader<'a> {
             if tensor.bytes.len() as u64 != tensor.dtype.bytes(&tensor.shape) {
                 return Err(wrong(format!("has {} bytes, not what its shape takes", tensor.bytes.len())));
             }
-            self.place(id, &buffer.name, &tensor)?;
+            self.place(workload, id, &tensor)?;
         }
         self.card.synchronize()
     }
 
     /// Brings one tensor to its buffer.
-    pub fn place(&mut self, id: BufferId, name: &str, tensor: &Tensor<'_>) -> Result<(), EngineError> {
+    pub fn place(&mut self, workload: &Workload, id: BufferId, tensor: &Tensor<'_>) -> Result<(), EngineError> {
+        let name = &workload.buffer(id).name;
         let stored = self.memory.stored(id);
         let address = self.memory.address(id);
         if stored == tensor.dtype && self.memory.on_host(id) {
             return write_host(self.card, address, tensor.bytes);
         }
         if stored == tensor.dtype {
+            let rows = rows_of(self.memory, workload, id);
+            // Whole rows at a time, where they lie apart.
+            let piece = rows.map_or(STAGE_BYTES, |rows| STAGE_BYTES / rows.bytes * rows.bytes);
             let mut sent = 0;
-            for chunk in tensor.bytes.chunks(STAGE_BYTES) {
-                self.send(chunk, address + sent)?;
-                sent += chunk.len() as u64;
+            for chunk in tensor.bytes.chunks(piece) {
+                match rows {
+                    None => self.send(chunk, address + sent as u64, None)?,
+                    Some(rows) => {
+                        let part = Rows { count: chunk.len() / rows.bytes, ..rows };
+                        self.send(chunk, address + (sent / rows.bytes * rows.stride) as u64, Some(part))?;
+                    }
+                }
+                sent += chunk.len();
             }
             return Ok(());
         }
@@ -107,15 +117,19 @@ impl<'a> Loader<'a> {
             return Err(unsupported(format!("{name} in 4 bits: {elements} elements are too many for one tensor")));
         }
         for (index, chunk) in tensor.bytes.chunks(chunk_elements * element_bytes).enumerate() {
-            self.send(chunk, arrival)?;
+            self.send(chunk, arrival, None)?;
             let first = (index * chunk_elements) as u64;
             let count = chunk.len() / element_bytes;
             match stored {
-                DType::BF16 | DType::F32 => {
-                    let to = address + first * if stored == DType::F32 { 4 } else { 2 };
-                    let entry = format!("convert_to_{}", stored.name());
-                    let blocks = count.div_ceil(256).min(8192);
-                    self.launch("cast", &entry, blocks, 256, arguments![arrival, kind, to, count as i64])?;
+                DType::BF16 => {
+                    let stride = columns + self.memory.spare(workload, id);
+                    let arguments =
+                        arguments![arrival, kind, address, first as i64, columns as i64, stride as i64, count as i64,];
+                    self.launch("cast", "convert_to_bf16", count.div_ceil(256).min(8192), 256, arguments)?;
+                }
+                DType::F32 => {
+                    let arguments = arguments![arrival, kind, address + 4 * first, count as i64];
+                    self.launch("cast", "convert_to_f32", count.div_ceil(256).min(8192), 256, arguments)?;
                 }
                 DType::Nf4 => {
                     let codes = Nf4Parts::at(address, elements as u64).codes + first / 2;
@@ -157,7 +171,8 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    fn send(&mut self, bytes: &[u8], to: u64) -> Result<(), EngineError> {
+    /// Starts bytes on their way, to rows that lie apart or to one place.
+    fn send(&mut self, bytes: &[u8], to: u64, rows: Option<Rows>) -> Result<(), EngineError> {
         let (stage, passed, used) = &mut self.stages[self.next];
         self.next = 1 - self.next;
         if *used {
@@ -167,7 +182,10 @@ impl<'a> Loader<'a> {
         let target = &mut stage.bytes_mut()[..bytes.len()];
         const PIECE: usize = 1 << 20;
         target.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
-        stage.send(to, bytes.len())?;
+        match rows {
+            Some(rows) => stage.send_rows(to, rows)?,
+            None => stage.send(to, bytes.len())?,
+        }
         passed.record()?;
         *used = true;
         Ok(())
@@ -215,6 +233,14 @@ impl Drop for Loader<'_> {
     }
 }
 
+/// The rows of a buffer that have columns to spare; none where they lie end to end.
+fn rows_of(memory: &Memory, workload: &Workload, id: BufferId) -> Option<Rows> {
+    let (buffer, spare) = (workload.buffer(id), memory.spare(workload, id));
+    let element = memory.stored(id).bytes(&[1]) as usize;
+    let (bytes, stride) = (buffer.columns() * element, (buffer.columns() + spare) * element);
+    (spare > 0).then_some(Rows { bytes, stride, count: buffer.rows() })
+}
+
 /// Fills a buffer that lies on the host, when the card is done with it.
 fn write_host(card: &Card, address: u64, bytes: &[u8]) -> Result<(), EngineError> {
     card.synchronize()?;
@@ -246,10 +272,13 @@ pub(super) fn write_buffer(
         return write_host(card, memory.address(id), bytes);
     }
     if memory.stored(id) == buffer.dtype {
-        return write(card, memory.address(id), bytes);
+        return match rows_of(memory, workload, id) {
+            Some(rows) => write_rows(card, memory.address(id), rows, bytes),
+            None => write(card, memory.address(id), bytes),
+        };
     }
     let tensor = Tensor { dtype: buffer.dtype, shape: buffer.shape.clone(), bytes };
-    Loader::new(card, kernels, memory, tables)?.place(id, &buffer.name, &tensor)
+    Loader::new(card, kernels, memory, tables)?.place(workload, id, &tensor)
 }
 
 /// Reads a buffer as bytes in its logical type, after all work so far.
@@ -287,8 +316,12 @@ pub(super) fn read_buffer(
         read(card, parts.codes, codes)?;
         return read(card, parts.scales, scales);
     }
+    let read_all = |bytes: &mut [u8]| match rows_of(memory, workload, id) {
+        Some(rows) => read_rows(card, address, rows, bytes),
+        None => read(card, address, bytes),
+    };
     if stored == buffer.dtype && stored != DType::Nf4 {
-        return read(card, address, bytes);
+        return read_all(bytes);
     }
     if stored == DType::Nf4 {
         // Codes, scale codes, second scales, offset: end to end, without the gaps they have on the card.
@@ -304,7 +337,7 @@ pub(super) fn read_buffer(
         return read(card, parts.offset, offset);
     }
     let mut held = vec![0u8; stored.bytes(&buffer.shape) as usize];
-    read(card, address, &mut held)?;
+    read_all(&mut held)?;
     let value = |index: usize| match stored {
         DType::BF16 => half::bf16::from_le_bytes([held[2 * index], held[2 * index + 1]]).to_f32(),
         _ => f32::from_le_bytes([held[4 * index], held[4 * index + 1], held[4 * index + 2], held[4 * index + 3]]),

@@ -308,7 +308,6 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
         fp8_flops: None,
         library_workspace: 0,
         graph_bytes: 0,
-        graph_branch_bytes: 0,
         bus_bandwidth: 24e9,
         host_memory: None,
         logits_bytes: largest.min(if software { 64 << 20 } else { 512 << 20 }),

@@ -64,6 +64,7 @@ impl Lowering<'_> {
                     sum,
                     self.address(*weight),
                     self.address(*output),
+                    self.matrix(*output).stride as i64,
                     self.address(*inverse_rms),
                     columns as i32,
                     *epsilon,
@@ -102,7 +103,12 @@ impl Lowering<'_> {
                 let columns = self.width(*output);
                 let width = vector(columns, &[self.address(*gate_up), self.address(*output)]);
                 let entry = format!("glu_{width}_{}", activation_name(*activation));
-                let arguments = arguments![self.address(*gate_up), self.address(*output), columns as i32];
+                let arguments = arguments![
+                    self.address(*gate_up),
+                    self.address(*output),
+                    self.matrix(*output).stride as i64,
+                    columns as i32,
+                ];
                 let grid = [self.rows(*output), columns.div_ceil(256 * width), 1];
                 self.launch("glu", &entry, grid, 256, arguments)
             }

@@ -1,15 +1,15 @@
 //! Linear operations: as few products as memory layout allows.
 //!
-//! Neighbouring projections whose weights lie end to end and whose outputs lie side by side run as one product.
-//! Quantized weights are unpacked into scratch, a part that fits at a time. Where even the products with whole weights are
-//! too short to fill the card, those of the LoRA branch run beside them.
+//! Neighbouring projections whose weights lie end to end and whose outputs lie side by side run as one product, with their
+//! LoRA branches where rows have columns to spare for them. Quantized weights are unpacked into scratch, a part that fits
+//! at a time.
 
 use super::{Lowering, fp8};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
-use crate::backend::cuda::driver::{Lane, unsupported};
+use crate::backend::cuda::driver::unsupported;
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
-use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Projection, ProjectionBackward};
+use crate::program::{BufferId, DType, Lora, Projection, ProjectionBackward};
 
 /// `Some` joined matrix when `second` follows `first` in memory row by row.
 fn stacked(first: Matrix, second: Matrix) -> Option<Matrix> {
@@ -18,7 +18,6 @@ fn stacked(first: Matrix, second: Matrix) -> Option<Matrix> {
         && first.scale == second.scale
         && first.columns == second.columns
         && first.stride == second.stride
-        && first.stride == first.columns
         && first.pointer + bytes == second.pointer;
     fits.then(|| Matrix { rows: first.rows + second.rows, ..first })
 }
@@ -34,13 +33,10 @@ fn side_by_side(first: Matrix, second: Matrix) -> Option<Matrix> {
 }
 
 /// A pair of matrices of one product: stacked rows of the first go with columns of the second.
-type Pair = (Matrix, Matrix);
+pub(super) type Pair = (Matrix, Matrix);
 
 /// Columns of quantized weights: (weight, first, count).
 type Unpacked = Vec<(BufferId, usize, usize)>;
-
-/// Milliseconds under which products with whole weights leave room for others beside them.
-const SHORT: f32 = 0.15;
 
 /// Joins neighbours of a list where both matrices touch.
 pub(super) fn join(pairs: impl IntoIterator<Item = Pair>) -> Vec<Pair> {
@@ -57,10 +53,27 @@ pub(super) fn join(pairs: impl IntoIterator<Item = Pair>) -> Vec<Pair> {
     joined
 }
 
+/// Weights whose matrices lie side by side, with the matrices as one.
+pub(super) fn side_by_side_groups(parts: impl IntoIterator<Item = (BufferId, Matrix)>) -> Vec<(Vec<BufferId>, Matrix)> {
+    let mut groups: Vec<(Vec<BufferId>, Matrix)> = Vec::new();
+    for (weight, matrix) in parts {
+        if let Some((weights, last)) = groups.last_mut()
+            && let Some(joined) = side_by_side(*last, matrix)
+        {
+            weights.push(weight);
+            *last = joined;
+        } else {
+            groups.push((vec![weight], matrix));
+        }
+    }
+    groups
+}
+
 impl Lowering<'_> {
-    /// `output = input · weightᵀ (+ bias)`, with the LoRA branch `scale · drop(input) · aᵀ · bᵀ` where there is one. The branch is
-    /// written first, and the whole product adds to it before it rounds: the other way round it would be added to what is
-    /// rounded to bf16 already, and mostly lost, for at the start of training it is smaller than half a step of bf16 there.
+    /// `output = input · weightᵀ (+ bias)`, with the LoRA branch `scale · drop(input) · aᵀ · bᵀ` where there is one: in the same
+    /// product where there is room for it beside input and weight. Elsewhere the branch is written first, and the whole
+    /// product adds to it before it rounds: the other way round it would be added to what is rounded to bf16 already, and
+    /// mostly lost, for at the start of training it is smaller than half a step of bf16 there.
     pub(super) fn linear(&mut self, input: BufferId, projections: &[Projection]) -> Result<(), EngineError> {
         self.expect("linear", &[input], DType::BF16)?;
         let x = self.matrix(input);
@@ -79,32 +92,12 @@ impl Lowering<'_> {
                 self.dropped_middle(x, lora, dropout)?;
             }
         }
-        self.branches(x, projections, &adapted)?;
-        // Only projections alike may be joined.
-        for has_branch in [false, true] {
-            let alike: Vec<&Projection> = projections.iter().filter(|p| p.lora.is_some() == has_branch).collect();
-            self.whole(x, &alike, has_branch)?;
+        if let Some(columns) = self.room_beside(input, projections) {
+            self.whole_with_branches(x, projections, columns)?;
+            return projections.iter().try_for_each(|projection| self.add_bias(projection));
         }
-        projections.iter().try_for_each(|projection| self.add_bias(projection))
-    }
-
-    /// `output = scale · middle · bᵀ`, each in columns of its own: beside each other where products are short.
-    fn branches(
-        &mut self,
-        x: Matrix,
-        projections: &[Projection],
-        adapted: &[(&Projection, &Lora)],
-    ) -> Result<(), EngineError> {
-        let mut lanes = vec![Lane::Main];
-        if adapted.len() > 1 {
-            let whole = self.whole_products(x, projections)?;
-            lanes.extend(self.lanes(&whole)?.into_iter().take(adapted.len() - 1));
-        }
-        for &lane in &lanes[1..] {
-            self.order(Lane::Main, lane)?;
-        }
-        for (index, (projection, lora)) in adapted.iter().enumerate() {
-            let branch = Product {
+        for (projection, lora) in &adapted {
+            self.product(Product {
                 left: self.columns(lora.middle),
                 left_transposed: false,
                 right: self.matrix(lora.b),
@@ -112,16 +105,14 @@ impl Lowering<'_> {
                 output: self.columns(projection.output),
                 alpha: Alpha::Device(self.address(lora.scale)),
                 accumulate: false,
-            };
-            self.product_on(branch, lanes[index % lanes.len()])?;
+            })?;
         }
-        lanes[1..].iter().try_for_each(|&lane| self.order(lane, Lane::Main))
-    }
-
-    /// Where the products of a LoRA branch run: on streams of their own where those with the whole weights are short.
-    fn lanes(&mut self, whole: &[Product]) -> Result<[Lane; 2], EngineError> {
-        let short = self.products.milliseconds(whole)? < SHORT;
-        Ok(if short { [Lane::Side(0), Lane::Side(1)] } else { [Lane::Main; 2] })
+        // Only projections alike may be joined.
+        for has_branch in [false, true] {
+            let alike: Vec<&Projection> = projections.iter().filter(|p| p.lora.is_some() == has_branch).collect();
+            self.whole(x, &alike, has_branch)?;
+        }
+        projections.iter().try_for_each(|projection| self.add_bias(projection))
     }
 
     /// The products with the whole weights; `accumulate` where the LoRA branch is there already.
@@ -135,22 +126,6 @@ impl Lowering<'_> {
         }
         let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output))).collect();
         self.forward_products(x, pairs, accumulate)
-    }
-
-    /// The products of [`Self::whole`], for timing.
-    fn whole_products(&self, x: Matrix, projections: &[Projection]) -> Result<Vec<Product>, EngineError> {
-        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
-        if self.all_quantized(&weights)? {
-            let part = |projection: &Projection| {
-                self.quantized_forward_parts(x, projection.weight, self.columns(projection.output), false)
-            };
-            return Ok(projections.iter().flat_map(part).map(|(_, _, product)| product).collect());
-        }
-        let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output)));
-        if self.all_fp8(&weights) {
-            return Ok(fp8::products(self.fp8_forward(x, pairs.collect(), false)?).collect());
-        }
-        Ok(join(pairs).into_iter().map(|(weight, output)| forward_product(x, weight, output, false)).collect())
     }
 
     /// `columns (+)= x · rowsᵀ` for each pair, neighbours joined.
@@ -177,47 +152,6 @@ impl Lowering<'_> {
         self.launch("bias", &format!("bias_{kind}"), grid, 256, arguments)
     }
 
-    /// `middle = drop(x) · aᵀ`, in chunks of rows that fit the scratch.
-    fn dropped_middle(&mut self, x: Matrix, lora: &Lora, dropout: Dropout) -> Result<(), EngineError> {
-        let (a, middle) = (self.matrix(lora.a), self.columns(lora.middle));
-        for (first, rows) in self.row_chunks(x) {
-            let dropped = self.dropped(x, first, rows, dropout)?;
-            self.product(Product {
-                left: dropped,
-                left_transposed: false,
-                right: a,
-                right_transposed: true,
-                output: middle.slice_rows(first, rows),
-                alpha: Alpha::One,
-                accumulate: false,
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Rows of `drop(x)` in scratch.
-    fn dropped(&mut self, x: Matrix, first: usize, rows: usize, dropout: Dropout) -> Result<Matrix, EngineError> {
-        let to = Matrix::new(self.memory.scratch.pointer, DType::BF16, rows, x.columns);
-        let from = x.slice_rows(first, rows);
-        self.launch(
-            "dropout",
-            "dropout",
-            [rows, x.columns.div_ceil(256), 1],
-            256,
-            arguments![
-                from.pointer,
-                to.pointer,
-                self.address(dropout.key),
-                dropout.stream,
-                first as i32,
-                x.columns as i32,
-                dropout.probability,
-                1.0 / (1.0 - dropout.probability),
-            ],
-        )?;
-        Ok(to)
-    }
-
     pub(super) fn linear_backward(
         &mut self,
         input: BufferId,
@@ -229,7 +163,6 @@ impl Lowering<'_> {
         let x = self.matrix(input);
         let grad_input = grad_input.map(|id| self.matrix(id));
         let mut branch_first = false;
-        let mut lanes = [Lane::Main; 2];
         let plain = projections.iter().all(|p| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_none()));
         if let Some(grad_input) = grad_input
             && plain
@@ -238,10 +171,6 @@ impl Lowering<'_> {
             let whole: Vec<Product> = whole.into_iter().map(|(_, product)| product).collect();
             let branches = self.grad_input_branches(grad_input, projections);
             branch_first = self.products.second_adds(&branches, &whole)?;
-            lanes = self.lanes(&whole)?;
-        }
-        for lane in lanes {
-            self.order(Lane::Main, lane)?;
         }
         if let Some(grad_input) = grad_input
             && !branch_first
@@ -259,14 +188,12 @@ impl Lowering<'_> {
                 self.column_sum(grad_output, grad_bias)?;
             }
         }
-        self.weight_gradients(x, pairs, Lane::Main)?;
-        self.lora_backward(x, grad_input, projections, branch_first, lanes)?;
-        if let Some(grad_input) = grad_input
-            && branch_first
-        {
-            self.grad_input(grad_input, projections, true)?;
+        self.weight_gradients(x, pairs)?;
+        self.lora_backward(x, grad_input, projections, branch_first)?;
+        match grad_input {
+            Some(grad_input) if branch_first => self.grad_input(grad_input, projections, true),
+            _ => Ok(()),
         }
-        lanes.into_iter().try_for_each(|lane| self.order(lane, Lane::Main))
     }
 
     /// `grad_input (+)= Σ grad_output · weight`.
@@ -287,7 +214,7 @@ impl Lowering<'_> {
             let mut to = scratch;
             for (weight, first, count) in unpacked {
                 let rows = self.rows(weight);
-                self.unpack(weight, (0, rows), (first, count), to)?;
+                self.unpack(weight, (0, rows), (first, count), (to, count))?;
                 to += (2 * rows * count) as u64;
             }
             self.product(product)?;
@@ -323,18 +250,7 @@ impl Lowering<'_> {
             let parts = join(pairs).into_iter().enumerate();
             return Ok(parts.map(|(index, (w, grad))| (Vec::new(), product(grad, w, grad_input, index))).collect());
         }
-        let mut groups: Vec<(Vec<BufferId>, Matrix)> = Vec::new();
-        for projection in projections {
-            let grad_output = self.columns(projection.grad_output);
-            if let Some((weights, last)) = groups.last_mut()
-                && let Some(joined) = side_by_side(*last, grad_output)
-            {
-                weights.push(projection.weight);
-                *last = joined;
-            } else {
-                groups.push((vec![projection.weight], grad_output));
-            }
-        }
+        let groups = side_by_side_groups(projections.iter().map(|p| (p.weight, self.columns(p.grad_output))));
         let scratch = self.memory.scratch.pointer;
         let mut parts = Vec::new();
         for (index, (weights, grad_output)) in groups.into_iter().enumerate() {
@@ -354,24 +270,8 @@ impl Lowering<'_> {
         Ok(parts)
     }
 
-    /// `grad_input = Σ grad_middle · a` of the LoRA branches without dropout, neighbours joined.
-    fn grad_input_branches(&self, grad_input: Matrix, projections: &[ProjectionBackward]) -> Vec<Product> {
-        let plain = projections.iter().filter_map(|p| p.lora.as_ref()).filter(|lora| lora.dropout.is_none());
-        let pairs = plain.map(|lora| (self.matrix(lora.a), self.columns(lora.grad_middle)));
-        let branch = |(index, (a, grad_middle)): (usize, Pair)| Product {
-            left: grad_middle,
-            left_transposed: false,
-            right: a,
-            right_transposed: false,
-            output: grad_input,
-            alpha: Alpha::One,
-            accumulate: index > 0,
-        };
-        join(pairs).into_iter().enumerate().map(branch).collect()
-    }
-
     /// `rows += columnsᵀ · x` for each pair, neighbours joined.
-    fn weight_gradients(&mut self, x: Matrix, pairs: Vec<Pair>, lane: Lane) -> Result<(), EngineError> {
+    pub(super) fn weight_gradients(&mut self, x: Matrix, pairs: Vec<Pair>) -> Result<(), EngineError> {
         for (gradient, grad_output) in join(pairs) {
             let product = Product {
                 left: grad_output,
@@ -382,127 +282,9 @@ impl Lowering<'_> {
                 alpha: Alpha::One,
                 accumulate: true,
             };
-            self.product_on(product, lane)?;
+            self.product(product)?;
         }
         Ok(())
-    }
-
-    fn lora_backward(
-        &mut self,
-        x: Matrix,
-        grad_input: Option<Matrix>,
-        projections: &[ProjectionBackward],
-        branch_first: bool,
-        lanes: [Lane; 2],
-    ) -> Result<(), EngineError> {
-        let adapted: Vec<(&ProjectionBackward, &LoraBackward)> = projections
-            .iter()
-            .filter_map(|projection| projection.lora.as_ref().map(|lora| (projection, lora)))
-            .collect();
-        for (projection, lora) in &adapted {
-            let compute = [lora.a, lora.b, lora.middle.buffer, lora.grad_middle.buffer];
-            self.expect("linear_backward", &compute, DType::BF16)?;
-            self.expect("linear_backward", &[lora.grad_a, lora.grad_b], DType::F32)?;
-            let grad_output = self.columns(projection.grad_output);
-            let scale = Alpha::Device(self.address(lora.scale));
-            let grad_middle = Product {
-                left: grad_output,
-                left_transposed: false,
-                right: self.matrix(lora.b),
-                right_transposed: false,
-                output: self.columns(lora.grad_middle),
-                alpha: scale,
-                accumulate: false,
-            };
-            self.product_on(grad_middle, lanes[0])?;
-            let grad_b = Product {
-                left: grad_output,
-                left_transposed: true,
-                right: self.columns(lora.middle),
-                right_transposed: false,
-                output: self.matrix(lora.grad_b),
-                alpha: scale,
-                accumulate: true,
-            };
-            self.product_on(grad_b, lanes[1])?;
-        }
-        self.order(lanes[0], Lane::Main)?;
-        let plain: Vec<&LoraBackward> =
-            adapted.iter().map(|(_, lora)| *lora).filter(|lora| lora.dropout.is_none()).collect();
-        let pairs = plain.iter().map(|lora| (self.matrix(lora.grad_a), self.columns(lora.grad_middle))).collect();
-        self.weight_gradients(x, pairs, lanes[0])?;
-        if let Some(grad_input) = grad_input {
-            for branch in self.grad_input_branches(grad_input, projections) {
-                let accumulate = branch.accumulate || !branch_first;
-                self.product(Product { accumulate, ..branch })?;
-            }
-        }
-        for (_, lora) in adapted {
-            if let Some(dropout) = lora.dropout {
-                self.dropped_backward(x, grad_input, lora, dropout)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// `grad_a += gᵀ · drop(x)`, `grad_input += drop'(g · a)`, in chunks of rows that fit the scratch.
-    fn dropped_backward(
-        &mut self,
-        x: Matrix,
-        grad_input: Option<Matrix>,
-        lora: &LoraBackward,
-        dropout: Dropout,
-    ) -> Result<(), EngineError> {
-        let (a, grad_a, grad_middle) = (self.matrix(lora.a), self.matrix(lora.grad_a), self.columns(lora.grad_middle));
-        for (first, rows) in self.row_chunks(x) {
-            let grad_middle = grad_middle.slice_rows(first, rows);
-            let dropped = self.dropped(x, first, rows, dropout)?;
-            self.product(Product {
-                left: grad_middle,
-                left_transposed: true,
-                right: dropped,
-                right_transposed: false,
-                output: grad_a,
-                alpha: Alpha::One,
-                accumulate: true,
-            })?;
-            let Some(grad_input) = grad_input else {
-                continue;
-            };
-            // The dropped input is used up: its place takes g · a.
-            self.product(Product {
-                left: grad_middle,
-                left_transposed: false,
-                right: a,
-                right_transposed: false,
-                output: dropped,
-                alpha: Alpha::One,
-                accumulate: false,
-            })?;
-            let to = grad_input.slice_rows(first, rows);
-            self.launch(
-                "dropout",
-                "dropout_backward",
-                [rows, x.columns.div_ceil(256), 1],
-                256,
-                arguments![
-                    dropped.pointer,
-                    to.pointer,
-                    self.address(dropout.key),
-                    dropout.stream,
-                    first as i32,
-                    x.columns as i32,
-                    dropout.probability,
-                    1.0 / (1.0 - dropout.probability),
-                ],
-            )?;
-        }
-        Ok(())
-    }
-
-    /// Chunks of rows of a bf16 matrix that fit the scratch: (first, rows).
-    fn row_chunks(&self, matrix: Matrix) -> Vec<(usize, usize)> {
-        blocks(matrix.rows, self.memory.scratch.bytes as usize / (2 * matrix.columns), 64)
     }
 
     fn all_fp8(&self, weights: &[BufferId]) -> bool {
@@ -510,7 +292,7 @@ impl Lowering<'_> {
     }
 
     /// Whether the weights are unpacked before products: all of them or none.
-    fn all_quantized(&self, weights: &[BufferId]) -> Result<bool, EngineError> {
+    pub(super) fn all_quantized(&self, weights: &[BufferId]) -> Result<bool, EngineError> {
         if self.all_fp8(weights) {
             return Ok(false);
         }

@@ -8,6 +8,7 @@ mod elementwise;
 mod fp8;
 mod head;
 mod linear;
+pub(super) mod lora;
 mod optimizer;
 mod quantized;
 
@@ -151,12 +152,8 @@ impl<'a> Lowering<'a> {
     }
 
     fn product(&mut self, product: Product) -> Result<(), EngineError> {
-        self.product_on(product, Lane::Main)
-    }
-
-    fn product_on(&mut self, product: Product, lane: Lane) -> Result<(), EngineError> {
-        let prepared = self.products.prepare(product, lane)?;
-        self.commands.push(Command::Product(Box::new(prepared), lane));
+        let prepared = self.products.prepare(product)?;
+        self.commands.push(Command::Product(Box::new(prepared)));
         Ok(())
     }
 

@@ -7,20 +7,20 @@ use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::driver::unsupported;
 use crate::backend::cuda::memory::{Int8Parts, Nf4Parts};
-use crate::backend::cuda::product::{Matrix, Product};
+use crate::backend::cuda::product::Matrix;
 use crate::program::{BufferId, DType};
 
 /// Rows that a block of `nf4_dequantize` and `int8_dequantize` works through.
 const ROWS_OF_BLOCK: usize = 8;
 
 impl Lowering<'_> {
-    /// Unpacks a block of a quantized weight to `to`.
+    /// Unpacks a block of a quantized weight to rows `stride` elements apart from `to` on.
     pub(super) fn unpack(
         &mut self,
         weight: BufferId,
         (first_row, rows): (usize, usize),
         (first_column, columns): (usize, usize),
-        to: u64,
+        (to, stride): (u64, usize),
     ) -> Result<(), EngineError> {
         let length = self.width(weight);
         if self.memory.stored(weight) == DType::Int8 {
@@ -32,6 +32,7 @@ impl Lowering<'_> {
                 parts.codes,
                 parts.scales,
                 to,
+                stride as i64,
                 length as i64,
                 first_row as i64,
                 first_column as i64,
@@ -51,6 +52,7 @@ impl Lowering<'_> {
                 parts.offset,
                 tables,
                 to,
+                stride as i64,
                 length as i64,
                 first_row as i64,
                 first_column as i64,
@@ -71,6 +73,8 @@ impl Lowering<'_> {
             parts.offset,
             tables,
             to,
+            stride as i64,
+            length as i64,
             (first_row * length) as i64,
             elements as i64,
         ];
@@ -87,27 +91,16 @@ impl Lowering<'_> {
     ) -> Result<(), EngineError> {
         let columns = self.width(weight);
         let scratch = self.memory.scratch.pointer;
-        for (first, count, product) in self.quantized_forward_parts(x, weight, output, accumulate) {
-            self.unpack(weight, (first, count), (0, columns), scratch)?;
-            self.product(product)?;
+        for (first, count) in self.unpacked_blocks(self.rows(weight), columns) {
+            self.unpack(weight, (first, count), (0, columns), (scratch, columns))?;
+            let block = Matrix::new(scratch, DType::BF16, count, columns);
+            self.product(forward_product(x, block, output.slice_columns(first, count), accumulate))?;
         }
         Ok(())
     }
 
-    /// Blocks of the weight's rows that fit the scratch, with their products: (first, rows, product).
-    pub(super) fn quantized_forward_parts(
-        &self,
-        x: Matrix,
-        weight: BufferId,
-        output: Matrix,
-        accumulate: bool,
-    ) -> Vec<(usize, usize, Product)> {
-        let (rows, columns) = (self.rows(weight), self.width(weight));
-        let scratch = self.memory.scratch.pointer;
-        let part = |(first, count): (usize, usize)| {
-            let block = Matrix::new(scratch, DType::BF16, count, columns);
-            (first, count, forward_product(x, block, output.slice_columns(first, count), accumulate))
-        };
-        blocks(rows, self.memory.scratch.bytes as usize / (2 * columns), 128).into_iter().map(part).collect()
+    /// Blocks of unpacked rows that fit the scratch: (first, count).
+    pub(super) fn unpacked_blocks(&self, rows: usize, columns: usize) -> Vec<(usize, usize)> {
+        blocks(rows, self.memory.scratch.bytes as usize / (2 * columns), 128)
     }
 }

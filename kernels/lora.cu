@@ -1,0 +1,252 @@
+// What a LoRA branch (Hu et al. 2021, arXiv 2106.09685) needs beside the products with the whole weight, in as few passes
+// over activations as go.
+//
+// Forward, y = x w^T + s (x a^T) b^T: the branch's middle and b are put beside x and w, in the columns that their rows
+// have to spare, and one product takes both: y = [x | s m] [w | b]^T. Nothing is added to y afterwards.
+//
+// Backward: both sums over the gradient of y from one pass over it,
+//   g = s grad_y b  [tokens, rank],   grad_b += s grad_y^T m  [columns, rank].
+// A block works through a strip of columns, tile by tile, for TILES tiles of tokens; partial sums of g (a strip's) and of
+// grad_b (a block of tokens') are added in order by lora_finish: the same bits on every run.
+//
+// RANK (16, 32 or 64, the real rank or more) is a macro. Real ranks and columns are multiples of 8.
+
+constexpr int TILE = 128;
+constexpr int TILE_BYTES = TILE * TILE * 2;
+// Rows of middle and b: padded by 16 bytes, so that matrix loads meet no bank twice.
+constexpr int THIN_STRIDE = 2 * RANK + 16;
+constexpr int B_BYTES = TILE * THIN_STRIDE;
+constexpr int RANK_TILES = RANK / 8;
+
+// One projection's side of the backward pass, and where its partial sums lie.
+struct Part {
+    const bf16* grad_output;
+    const bf16* b;
+    const bf16* middle;
+    bf16* grad_middle;
+    float* partial_middle;  // [strips, tokens, rank]
+    float* partial_b;       // [blocks of tokens, columns, rank]
+    float* grad_b;
+    const float* scale;
+    i64 grad_stride;
+    i64 middle_stride;
+    i64 grad_middle_stride;
+    int columns;
+    int rank;
+    int strips;
+    int strip_tiles;  // column tiles of a strip
+};
+
+struct Parts {
+    Part of[4];
+};
+
+// Byte offset of 16 bytes in a tile of rows of 256 bytes; chunks are swapped within groups of eight, by the row.
+DEVICE u32 swizzled(int row, int chunk) { return row * 256 + ((chunk & 8) | ((chunk ^ row) & 7)) * 16; }
+
+// Rows of `rank` values at `stride` into shared rows of THIN_STRIDE; zeros beyond rank and rows.
+DEVICE void load_thin(u32 to, const bf16* from, i64 stride, int rows, int rank, int count) {
+    constexpr int CHUNKS = RANK / 8;
+    for (int i = threadIdx.x; i < count * CHUNKS; i += blockDim.x) {
+        int row = i / CHUNKS, chunk = i % CHUNKS;
+        bool valid = row < rows && chunk * 8 < rank;
+        copy_async_16(to + row * THIN_STRIDE + chunk * 16, valid ? from + row * stride + chunk * 8 : from, valid);
+    }
+}
+
+// Grid: (strips of all projections, blocks of tokens).
+template <int TILES>
+DEVICE void lora_backward(const Parts& parts, int tokens) {
+    extern __shared__ __align__(128) u8 shared[];
+    constexpr int TOKENS = TILE * TILES;
+    int strip = blockIdx.x, part = 0;
+    while (strip >= parts.of[part].strips) strip -= parts.of[part++].strips;
+    const Part& s = parts.of[part];
+    int first_column = strip * s.strip_tiles * TILE, columns = min(s.strip_tiles * TILE, s.columns - first_column);
+    const bf16* grad_output = s.grad_output + first_column;
+    const bf16* b_rows = s.b + (i64)first_column * s.rank;
+    int first_token = blockIdx.y * TOKENS;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    u32 tiles = shared_address(shared), b_tiles = tiles + 2 * TILE_BYTES, middle = b_tiles + 2 * B_BYTES;
+    int column_tiles = (columns + TILE - 1) / TILE;
+    int steps = column_tiles * TILES;
+
+    // Step k: token tile k % TILES of column tile k / TILES.
+    auto load_step = [&](int k) {
+        int column = k / TILES * TILE, token = first_token + k % TILES * TILE;
+        const bf16* from = grad_output + (i64)token * s.grad_stride + column;
+        u32 to = tiles + (k & 1) * TILE_BYTES;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int row = (threadIdx.x >> 4) + 16 * i, chunk = threadIdx.x & 15;
+            bool valid = token + row < tokens && column + chunk * 8 < columns;
+            copy_async_16(to + swizzled(row, chunk), valid ? from + row * s.grad_stride + chunk * 8 : grad_output,
+                          valid);
+        }
+        if (k % TILES == 0)
+            load_thin(b_tiles + (k / TILES & 1) * B_BYTES, b_rows + (i64)column * s.rank, s.rank, columns - column,
+                      s.rank, TILE);
+        copy_async_commit();
+    };
+
+    load_thin(middle, s.middle + first_token * s.middle_stride, s.middle_stride, tokens - first_token, s.rank, TOKENS);
+    load_step(0);
+
+    float grad_middle[TILES][RANK_TILES][4] = {};
+    for (int tile = 0; tile < column_tiles; tile++) {
+        float grad_b[RANK_TILES][4] = {};
+        u32 b = b_tiles + (tile & 1) * B_BYTES;
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            int k = tile * TILES + t;
+            if (k + 1 < steps) {
+                load_step(k + 1);
+                copy_async_wait<1>();
+            } else {
+                copy_async_wait<0>();
+            }
+            __syncthreads();
+            u32 grad = tiles + (k & 1) * TILE_BYTES;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                // Rows of this warp's tokens, 16 columns from 16 i on.
+                u32 a[4];
+                load_matrix_x4(a, grad + swizzled(warp * 16 + (lane & 15), 2 * i + (lane >> 4)));
+#pragma unroll
+                for (int r = 0; r < RANK / 16; r++) {
+                    u32 f[4];
+                    load_b_from_k_rows<THIN_STRIDE>(f, b + i * 16 * THIN_STRIDE + r * 32);
+                    multiply_16x8x16(grad_middle[t][2 * r], a, f[0], f[1]);
+                    multiply_16x8x16(grad_middle[t][2 * r + 1], a, f[2], f[3]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                // This warp's columns as rows, 16 tokens from 16 i on: the tile holds the transpose.
+                u32 a[4];
+                load_matrix_x4_transposed(
+                    a, grad + swizzled(i * 16 + (lane & 7) + (lane >> 4) * 8, 2 * warp + ((lane >> 3) & 1)));
+#pragma unroll
+                for (int r = 0; r < RANK / 16; r++) {
+                    u32 f[4];
+                    load_b_from_k_rows<THIN_STRIDE>(f, middle + (t * TILE + i * 16) * THIN_STRIDE + r * 32);
+                    multiply_16x8x16(grad_b[2 * r], a, f[0], f[1]);
+                    multiply_16x8x16(grad_b[2 * r + 1], a, f[2], f[3]);
+                }
+            }
+            __syncthreads();
+        }
+        float* to = s.partial_b + ((i64)blockIdx.y * s.columns + first_column) * s.rank;
+#pragma unroll
+        for (int r = 0; r < RANK_TILES; r++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int column = tile * TILE + warp * 16 + half * 8 + lane / 4, rank = r * 8 + lane % 4 * 2;
+                if (column < columns && rank < s.rank)
+                    *(float2*)(to + (i64)column * s.rank + rank) = make_float2(grad_b[r][2 * half], grad_b[r][2 * half + 1]);
+            }
+    }
+    float* to = s.partial_middle + (i64)strip * tokens * s.rank;
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int r = 0; r < RANK_TILES; r++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int token = first_token + t * TILE + warp * 16 + half * 8 + lane / 4, rank = r * 8 + lane % 4 * 2;
+                if (token < tokens && rank < s.rank)
+                    *(float2*)(to + (i64)token * s.rank + rank) =
+                        make_float2(grad_middle[t][r][2 * half], grad_middle[t][r][2 * half + 1]);
+            }
+}
+
+#define LORA_BACKWARD(TILES)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256) lora_backward_##TILES(const __grid_constant__ Parts parts,       \
+                                                                            int tokens) {                             \
+        lora_backward<TILES>(parts, tokens);                                                                          \
+    }
+
+LORA_BACKWARD(1)
+#if RANK <= 32
+LORA_BACKWARD(2)
+#endif
+#if RANK <= 16
+LORA_BACKWARD(4)
+#endif
+
+DEVICE float4 sum_of(const float4* from, i64 apart, int count) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+    for (int i = 0; i < count; i++) {
+        float4 x = from[i * apart];
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    return sum;
+}
+
+// Grid: (pieces, projections); a thread adds up four values at a time. `blocks`: of tokens.
+extern "C" __global__ void __launch_bounds__(256)
+    lora_finish(const __grid_constant__ Parts parts, int tokens, int blocks) {
+    const Part& s = parts.of[blockIdx.y];
+    float scale = *s.scale;
+    i64 of_middle = (i64)tokens * s.rank / 4, of_b = (i64)s.columns * s.rank / 4;
+    for (i64 i = (i64)blockIdx.x * 256 + threadIdx.x; i < of_middle + of_b; i += (i64)gridDim.x * 256) {
+        if (i < of_middle) {
+            float4 sum = sum_of((const float4*)s.partial_middle + i, of_middle, s.strips);
+            i64 token = i * 4 / s.rank, rank = i * 4 % s.rank;
+            uint2 packed = make_uint2(pack_bf16(scale * sum.x, scale * sum.y), pack_bf16(scale * sum.z, scale * sum.w));
+            *(uint2*)(s.grad_middle + token * s.grad_middle_stride + rank) = packed;
+        } else {
+            float4 sum = sum_of((const float4*)s.partial_b + (i - of_middle), of_b, blocks);
+            float4* to = (float4*)s.grad_b + (i - of_middle);
+            float4 x = *to;
+            *to = make_float4(x.x + scale * sum.x, x.y + scale * sum.y, x.z + scale * sum.z, x.w + scale * sum.w);
+        }
+    }
+}
+
+// One branch beside the whole product's factors. Its columns are `offset` to `offset + rank` of those to spare.
+struct Branch {
+    const bf16* middle;
+    const bf16* b;
+    const float* scale;
+    i64 middle_stride;
+    int offset;
+    int rank;
+    int first_row;  // of the rows below each other that the product takes
+    int rows;
+};
+
+struct Branches {
+    Branch of[4];
+};
+
+// Fills the spare columns of x's rows with s m, and those of w's rows with b: block-diagonal, for projections below each
+// other have branches of their own. Eight values a thread; grid: (ceil((tokens + rows) spare / 8 / 256)).
+extern "C" __global__ void __launch_bounds__(256)
+    lora_place(const __grid_constant__ Branches branches, int count, bf16* x, i64 x_stride, int tokens, bf16* w, i64 w_stride, int rows,
+               int first_row, int spare) {
+    int chunks = spare / 8;
+    i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
+    if (i >= (i64)(tokens + rows) * chunks) return;
+    int row = (int)(i / chunks), column = (int)(i % chunks) * 8;
+    bool of_x = row < tokens;
+    if (!of_x) row -= tokens;
+    uint4 out = make_uint4(0, 0, 0, 0);
+    for (int j = 0; j < count; j++) {
+        const Branch& branch = branches.of[j];
+        int at = column - branch.offset;
+        if (at < 0 || at >= branch.rank) continue;
+        if (of_x) {
+            float v[8], scale = *branch.scale;
+            load<8>(branch.middle + row * branch.middle_stride + at, v);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[e] *= scale;
+            out = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+        } else {
+            int own = first_row + row - branch.first_row;
+            if (own >= 0 && own < branch.rows) out = *(const uint4*)(branch.b + (i64)own * branch.rank + at);
+        }
+    }
+    *(uint4*)(of_x ? x + row * x_stride + column : w + row * w_stride + column) = out;
+}

@@ -1,0 +1,492 @@
+//! LoRA branches: beside the factors of the whole product in the forward pass, and both sums over the gradient of the
+//! output in one pass over it in the backward pass (`kernels/lora.cu`).
+
+use super::Lowering;
+use super::linear::{Pair, blocks, forward_product, join, side_by_side_groups};
+use crate::backend::EngineError;
+use crate::backend::cuda::command::arguments;
+use crate::backend::cuda::compile::Variant;
+use crate::backend::cuda::product::{Alpha, Matrix, Product};
+use crate::program::spare::branch_columns;
+use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Op, Projection, ProjectionBackward};
+
+/// Projections that a kernel of `lora.cu` takes at once.
+const MOST_PARTS: usize = 4;
+
+/// Ranks that `lora.cu` is compiled for.
+const RANKS: [usize; 3] = [16, 32, 64];
+
+/// Tokens and columns of a tile of `lora_backward`.
+const TILE: usize = 128;
+
+/// Shared memory of a block of which a multiprocessor of the larger cards takes two.
+const HALF_SHARED: usize = 113 << 10;
+
+/// How `lora_backward` works through an operation.
+struct Tiling {
+    /// Ranks that the kernel is compiled for: the real ones or more.
+    rank: usize,
+    /// Tiles of tokens that a block takes.
+    tiles: usize,
+    /// Tokens of a launch.
+    tokens: usize,
+    /// Column tiles of a strip.
+    strip_tiles: usize,
+}
+
+impl Tiling {
+    fn shared_bytes(rank: usize, tiles: usize) -> usize {
+        2 * TILE * TILE * 2 + (2 * TILE + tiles * TILE) * (2 * rank + 16)
+    }
+
+    /// Blocks of tokens of a launch over so many.
+    fn token_blocks(&self, tokens: usize) -> usize {
+        tokens.div_ceil(TILE * self.tiles)
+    }
+
+    fn strips(&self, columns: usize) -> usize {
+        columns.div_ceil(TILE).div_ceil(self.strip_tiles)
+    }
+
+    /// Bytes of a projection's partial sums: of its middle's gradient, and of all.
+    fn partial_bytes(&self, columns: usize, rank: usize, tokens: usize) -> (usize, usize) {
+        let middle = 4 * self.strips(columns) * tokens * rank;
+        (middle, middle + 4 * self.token_blocks(tokens) * columns * rank)
+    }
+}
+
+/// A projection's side of the backward pass.
+struct Branch {
+    grad_output: Matrix,
+    b: Matrix,
+    middle: Matrix,
+    grad_middle: Matrix,
+    grad_b: Matrix,
+    scale: u64,
+}
+
+impl Branch {
+    fn rank(&self) -> usize {
+        self.b.columns
+    }
+
+    /// Whether rows of all matrices are read 16 bytes at a time.
+    fn is_even(&self) -> bool {
+        let even = |matrix: &Matrix| matrix.pointer.is_multiple_of(16) && matrix.stride.is_multiple_of(8);
+        let sizes = [self.rank(), self.grad_output.columns];
+        sizes.iter().all(|size| size.is_multiple_of(8))
+            && [&self.grad_output, &self.b, &self.middle, &self.grad_middle, &self.grad_b].into_iter().all(even)
+    }
+}
+
+impl Lowering<'_> {
+    /// Columns beside input and weights in which the branches of a linear operation have their place, if they do.
+    pub(super) fn room_beside(&self, input: BufferId, projections: &[Projection]) -> Option<usize> {
+        let columns = branch_columns(self.workload, input, projections)?;
+        let spare = |id: BufferId| self.memory.spare(self.workload, id);
+        let unpacked = |id: BufferId| matches!(self.memory.stored(id), DType::Nf4 | DType::Int8);
+        let weights = projections.iter().map(|projection| projection.weight);
+        let few = projections.len() <= MOST_PARTS;
+        let room = few && spare(input) >= columns && weights.into_iter().all(|id| unpacked(id) || spare(id) == columns);
+        room.then_some(columns)
+    }
+
+    /// `output = [x | scale · middle] · [weight | b]ᵀ`, with the branches in `columns` columns beside the factors.
+    pub(super) fn whole_with_branches(
+        &mut self,
+        x: Matrix,
+        projections: &[Projection],
+        columns: usize,
+    ) -> Result<(), EngineError> {
+        let longer = Matrix { columns: x.columns + columns, ..x };
+        // Of x once, with the first product.
+        let mut tokens = x.rows;
+        let (mut offset, mut first_row) = (0, 0);
+        let mut places = Vec::new();
+        for projection in projections {
+            let rows = self.rows(projection.weight);
+            if let Some(lora) = &projection.lora {
+                let (middle, rank) = (self.columns(lora.middle), lora.middle.width);
+                let (b, scale) = (self.address(lora.b), self.address(lora.scale));
+                places.push([
+                    middle.pointer,
+                    b,
+                    scale,
+                    middle.stride as u64,
+                    words(offset, rank),
+                    words(first_row, rows),
+                ]);
+                offset += rank;
+            }
+            first_row += rows;
+        }
+        let weights: Vec<BufferId> = projections.iter().map(|projection| projection.weight).collect();
+        if !self.all_quantized(&weights)? {
+            let pairs = projections.iter().map(|p| (self.matrix(p.weight), self.columns(p.output)));
+            let mut first_row = 0;
+            for (weight, output) in join(pairs) {
+                let longer_weight = Matrix { columns: x.columns + columns, ..weight };
+                self.place_beside(&places, (x, tokens), (weight, first_row), columns)?;
+                self.product(forward_product(longer, longer_weight, output, false))?;
+                (tokens, first_row) = (0, first_row + weight.rows);
+            }
+            return Ok(());
+        }
+        let stride = x.columns + columns;
+        let scratch = self.memory.scratch.pointer;
+        let mut group_start = 0;
+        let outputs: Vec<(BufferId, Matrix)> = projections.iter().map(|p| (p.weight, self.columns(p.output))).collect();
+        for (group, output) in side_by_side_groups(outputs) {
+            let rows: usize = group.iter().map(|&weight| self.rows(weight)).sum();
+            for (first, count) in self.unpacked_blocks(rows, stride) {
+                // The block's share of each weight.
+                let mut start = 0;
+                for &weight in &group {
+                    let end = start + self.rows(weight);
+                    let (from, to) = (first.max(start), (first + count).min(end));
+                    if from < to {
+                        let at = scratch + (2 * stride * (from - first)) as u64;
+                        self.unpack(weight, (from - start, to - from), (0, x.columns), (at, stride))?;
+                    }
+                    start = end;
+                }
+                let block = Matrix { stride, ..Matrix::new(scratch, DType::BF16, count, x.columns) };
+                self.place_beside(&places, (x, tokens), (block, group_start + first), columns)?;
+                let longer_block = Matrix { columns: stride, ..block };
+                self.product(forward_product(longer, longer_block, output.slice_columns(first, count), false))?;
+                tokens = 0;
+            }
+            group_start += rows;
+        }
+        Ok(())
+    }
+
+    /// Fills the spare columns of `tokens` rows of x, and of a weight's rows, which begin at row `first_row` of all
+    /// projections' below each other.
+    fn place_beside(
+        &mut self,
+        places: &[[u64; 6]],
+        (x, tokens): (Matrix, usize),
+        (weight, first_row): (Matrix, usize),
+        columns: usize,
+    ) -> Result<(), EngineError> {
+        let mut table = places.concat();
+        table.resize(6 * MOST_PARTS, 0);
+        let beside = |matrix: Matrix| matrix.pointer + matrix.columns as u64 * matrix.element_bytes();
+        let threads = (tokens + weight.rows) * columns / 8;
+        let arguments = arguments![
+            table.into_boxed_slice(),
+            places.len() as i32,
+            beside(x),
+            x.stride as i64,
+            tokens as i32,
+            beside(weight),
+            weight.stride as i64,
+            weight.rows as i32,
+            first_row as i32,
+            columns as i32,
+        ];
+        let widest = places.iter().map(|place| (place[4] >> 32) as usize).max().unwrap_or(0);
+        self.launch_variant(&variant(widest), "lora_place", [threads.div_ceil(256), 1, 1], 256, 0, arguments)
+    }
+
+    /// `middle = drop(x) · aᵀ`, in chunks of rows that fit the scratch.
+    pub(super) fn dropped_middle(&mut self, x: Matrix, lora: &Lora, dropout: Dropout) -> Result<(), EngineError> {
+        let (a, middle) = (self.matrix(lora.a), self.columns(lora.middle));
+        for (first, rows) in self.row_chunks(x) {
+            let dropped = self.dropped(x, first, rows, dropout)?;
+            self.product(Product {
+                left: dropped,
+                left_transposed: false,
+                right: a,
+                right_transposed: true,
+                output: middle.slice_rows(first, rows),
+                alpha: Alpha::One,
+                accumulate: false,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Rows of `drop(x)` in scratch.
+    fn dropped(&mut self, x: Matrix, first: usize, rows: usize, dropout: Dropout) -> Result<Matrix, EngineError> {
+        let to = Matrix::new(self.memory.scratch.pointer, DType::BF16, rows, x.columns);
+        let from = x.slice_rows(first, rows);
+        self.launch(
+            "dropout",
+            "dropout",
+            [rows, x.columns.div_ceil(256), 1],
+            256,
+            arguments![
+                from.pointer,
+                to.pointer,
+                self.address(dropout.key),
+                dropout.stream,
+                first as i32,
+                x.columns as i32,
+                dropout.probability,
+                1.0 / (1.0 - dropout.probability),
+            ],
+        )?;
+        Ok(to)
+    }
+
+    /// The gradients of the branches, and their share of the input's, which is added where the whole product's is there.
+    pub(super) fn lora_backward(
+        &mut self,
+        x: Matrix,
+        grad_input: Option<Matrix>,
+        projections: &[ProjectionBackward],
+        branch_first: bool,
+    ) -> Result<(), EngineError> {
+        let adapted: Vec<(&ProjectionBackward, &LoraBackward)> = projections
+            .iter()
+            .filter_map(|projection| projection.lora.as_ref().map(|lora| (projection, lora)))
+            .collect();
+        let mut branches = Vec::new();
+        for (projection, lora) in &adapted {
+            let compute = [lora.a, lora.b, lora.middle.buffer, lora.grad_middle.buffer];
+            self.expect("linear_backward", &compute, DType::BF16)?;
+            self.expect("linear_backward", &[lora.grad_a, lora.grad_b], DType::F32)?;
+            branches.push(Branch {
+                grad_output: self.columns(projection.grad_output),
+                b: self.matrix(lora.b),
+                middle: self.columns(lora.middle),
+                grad_middle: self.columns(lora.grad_middle),
+                grad_b: self.matrix(lora.grad_b),
+                scale: self.address(lora.scale),
+            });
+        }
+        for branches in branches.chunks(MOST_PARTS) {
+            match self.tiling(branches) {
+                Some(tiling) => self.output_sums(branches, &tiling)?,
+                None => self.output_products(branches)?,
+            }
+        }
+        let plain: Vec<&LoraBackward> =
+            adapted.iter().map(|(_, lora)| *lora).filter(|lora| lora.dropout.is_none()).collect();
+        let pairs = plain.iter().map(|lora| (self.matrix(lora.grad_a), self.columns(lora.grad_middle))).collect();
+        self.weight_gradients(x, pairs)?;
+        if let Some(grad_input) = grad_input {
+            for branch in self.grad_input_branches(grad_input, projections) {
+                let accumulate = branch.accumulate || !branch_first;
+                self.product(Product { accumulate, ..branch })?;
+            }
+        }
+        for (_, lora) in adapted {
+            if let Some(dropout) = lora.dropout {
+                self.dropped_backward(x, grad_input, lora, dropout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How the kernel takes these branches; none where it does not: odd sizes, large ranks, little shared memory.
+    fn tiling(&self, branches: &[Branch]) -> Option<Tiling> {
+        let rows = branches.first()?.grad_output.rows;
+        let widest = branches.iter().map(Branch::rank).max()?;
+        let rank = RANKS.into_iter().find(|&rank| rank >= widest)?;
+        if !branches.iter().all(Branch::is_even) {
+            return None;
+        }
+        let column_tiles: usize = branches.iter().map(|branch| branch.grad_output.columns.div_ceil(TILE)).sum();
+        let multiprocessors = self.card.multiprocessors as usize;
+        let most = if rank == 64 { 1 } else { 64 / rank };
+        let fitting = |limit: usize| {
+            let tiles = [4, 2, 1].into_iter().filter(move |&tiles| tiles <= most);
+            tiles.filter(move |&tiles| Tiling::shared_bytes(rank, tiles) <= limit)
+        };
+        // As many tokens a block as leave a block for every multiprocessor.
+        let fills = |tiles: &usize| rows.div_ceil(TILE * tiles) * column_tiles >= multiprocessors;
+        let (half, whole) = (HALF_SHARED.min(self.card.shared_bytes), self.card.shared_bytes);
+        let tiles = fitting(half).find(fills).or(fitting(half).last()).or(fitting(whole).last())?;
+        let workspace = self.products.workspace().1 as usize;
+        let mut tokens = rows;
+        loop {
+            let blocks = tokens.div_ceil(TILE * tiles);
+            let wanted = (2 * multiprocessors).div_ceil(blocks).clamp(1, column_tiles);
+            let tiling = Tiling { rank, tiles, tokens, strip_tiles: column_tiles.div_ceil(wanted) };
+            let bytes = branches.iter().map(|branch| {
+                let (_, bytes) = tiling.partial_bytes(branch.grad_output.columns, branch.rank(), tokens);
+                bytes.next_multiple_of(256)
+            });
+            if bytes.sum::<usize>() <= workspace {
+                return Some(tiling);
+            }
+            if blocks == 1 {
+                return None;
+            }
+            tokens = blocks.div_ceil(2) * TILE * tiles;
+        }
+    }
+
+    /// `grad_middle = scale · grad_output · b` and `grad_b += scale · grad_outputᵀ · middle` from one pass over the gradient of
+    /// the output; partial sums lie in the library's scratch.
+    fn output_sums(&mut self, branches: &[Branch], tiling: &Tiling) -> Result<(), EngineError> {
+        let Some(rows) = branches.first().map(|branch| branch.grad_output.rows) else { return Ok(()) };
+        let variant = variant(tiling.rank);
+        for first in (0..rows).step_by(tiling.tokens) {
+            let tokens = tiling.tokens.min(rows - first);
+            let mut next = self.products.workspace().0;
+            let (mut table, mut strips, mut pieces) = (Vec::new(), 0, 0);
+            for branch in branches {
+                let columns = branch.grad_output.columns;
+                let (of_middle, bytes) = tiling.partial_bytes(columns, branch.rank(), tokens);
+                let from = |matrix: Matrix| matrix.slice_rows(first, tokens).pointer;
+                table.extend([
+                    from(branch.grad_output),
+                    branch.b.pointer,
+                    from(branch.middle),
+                    from(branch.grad_middle),
+                    next,
+                    next + of_middle as u64,
+                    branch.grad_b.pointer,
+                    branch.scale,
+                    branch.grad_output.stride as u64,
+                    branch.middle.stride as u64,
+                    branch.grad_middle.stride as u64,
+                    words(columns, branch.rank()),
+                    words(tiling.strips(columns), tiling.strip_tiles),
+                ]);
+                next += bytes.next_multiple_of(256) as u64;
+                strips += tiling.strips(columns);
+                pieces = pieces.max(((tokens + columns) * branch.rank() / 4).div_ceil(256));
+            }
+            table.resize(13 * MOST_PARTS, 0);
+            let table = table.into_boxed_slice();
+            let shared = Tiling::shared_bytes(tiling.rank, tiling.tiles);
+            let grid = [strips, tiling.token_blocks(tokens), 1];
+            let given = arguments![table.clone(), tokens as i32];
+            self.launch_variant(&variant, &format!("lora_backward_{}", tiling.tiles), grid, 256, shared, given)?;
+            let (grid, given) = ([pieces, branches.len(), 1], arguments![table, tokens as i32, grid[1] as i32]);
+            self.launch_variant(&variant, "lora_finish", grid, 256, 0, given)?;
+        }
+        Ok(())
+    }
+
+    /// The same as products of the library's, each of which passes over the gradient of the output.
+    fn output_products(&mut self, branches: &[Branch]) -> Result<(), EngineError> {
+        for branch in branches {
+            self.product(Product {
+                left: branch.grad_output,
+                left_transposed: false,
+                right: branch.b,
+                right_transposed: false,
+                output: branch.grad_middle,
+                alpha: Alpha::Device(branch.scale),
+                accumulate: false,
+            })?;
+            self.product(Product {
+                left: branch.grad_output,
+                left_transposed: true,
+                right: branch.middle,
+                right_transposed: false,
+                output: branch.grad_b,
+                alpha: Alpha::Device(branch.scale),
+                accumulate: true,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// `grad_input = Σ grad_middle · a` of the LoRA branches without dropout, neighbours joined.
+    pub(super) fn grad_input_branches(&self, grad_input: Matrix, projections: &[ProjectionBackward]) -> Vec<Product> {
+        let plain = projections.iter().filter_map(|p| p.lora.as_ref()).filter(|lora| lora.dropout.is_none());
+        let pairs = plain.map(|lora| (self.matrix(lora.a), self.columns(lora.grad_middle)));
+        let branch = |(index, (a, grad_middle)): (usize, Pair)| Product {
+            left: grad_middle,
+            left_transposed: false,
+            right: a,
+            right_transposed: false,
+            output: grad_input,
+            alpha: Alpha::One,
+            accumulate: index > 0,
+        };
+        join(pairs).into_iter().enumerate().map(branch).collect()
+    }
+
+    /// `grad_a += gᵀ · drop(x)`, `grad_input += drop'(g · a)`, in chunks of rows that fit the scratch.
+    fn dropped_backward(
+        &mut self,
+        x: Matrix,
+        grad_input: Option<Matrix>,
+        lora: &LoraBackward,
+        dropout: Dropout,
+    ) -> Result<(), EngineError> {
+        let (a, grad_a, grad_middle) = (self.matrix(lora.a), self.matrix(lora.grad_a), self.columns(lora.grad_middle));
+        for (first, rows) in self.row_chunks(x) {
+            let grad_middle = grad_middle.slice_rows(first, rows);
+            let dropped = self.dropped(x, first, rows, dropout)?;
+            self.product(Product {
+                left: grad_middle,
+                left_transposed: true,
+                right: dropped,
+                right_transposed: false,
+                output: grad_a,
+                alpha: Alpha::One,
+                accumulate: true,
+            })?;
+            let Some(grad_input) = grad_input else {
+                continue;
+            };
+            // The dropped input is used up: its place takes g · a.
+            self.product(Product {
+                left: grad_middle,
+                left_transposed: false,
+                right: a,
+                right_transposed: false,
+                output: dropped,
+                alpha: Alpha::One,
+                accumulate: false,
+            })?;
+            let to = grad_input.slice_rows(first, rows);
+            self.launch(
+                "dropout",
+                "dropout_backward",
+                [rows, x.columns.div_ceil(256), 1],
+                256,
+                arguments![
+                    dropped.pointer,
+                    to.pointer,
+                    self.address(dropout.key),
+                    dropout.stream,
+                    first as i32,
+                    x.columns as i32,
+                    dropout.probability,
+                    1.0 / (1.0 - dropout.probability),
+                ],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Chunks of rows of a bf16 matrix that fit the scratch: (first, rows).
+    fn row_chunks(&self, matrix: Matrix) -> Vec<(usize, usize)> {
+        blocks(matrix.rows, self.memory.scratch.bytes as usize / (2 * matrix.columns), 64)
+    }
+}
+
+/// `lora.cu` for branches of this rank; of those that are too wide for its backward pass only `lora_place` is used.
+fn variant(rank: usize) -> Variant {
+    let rank = RANKS.into_iter().find(|&compiled| compiled >= rank).unwrap_or(RANKS[0]);
+    Variant { file: "lora", defines: vec![("RANK", rank.to_string())] }
+}
+
+/// The kernel files that an operation's branches take.
+pub(in crate::backend::cuda) fn files(op: &Op) -> Vec<Variant> {
+    let ranks: Vec<usize> = match op {
+        Op::Linear { projections, .. } => {
+            projections.iter().filter_map(|p| p.lora.as_ref()).map(|lora| lora.middle.width).collect()
+        }
+        Op::LinearBackward { projections, .. } => {
+            projections.iter().filter_map(|p| p.lora.as_ref()).map(|lora| lora.middle.width).collect()
+        }
+        _ => Vec::new(),
+    };
+    ranks.into_iter().max().map(variant).into_iter().collect()
+}
+
+/// Two integers of a kernel's struct in one word.
+fn words(low: usize, high: usize) -> u64 {
+    low as u64 | (high as u64) << 32
+}
