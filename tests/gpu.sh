@@ -3,7 +3,8 @@
 #   bash tests/gpu.sh build    here: builds the test and benchmark programs and puts them, stripped, into .gpu/
 #   bash tests/gpu.sh          there: runs them, with .gpu/ carried along; prints "N passed, N failed"
 # TUNE_CASES limits the operations to cases whose name contains it. SANITIZE="memcheck racecheck" runs them under the tools
-# of compute-sanitizer too, those that SANITIZE_CASES names (all), each for at most SANITIZE_LIMIT seconds (200).
+# of compute-sanitizer too: all in one run, or a run for each word of SANITIZE_CASES; a run has SANITIZE_LIMIT seconds (200).
+# CROWDED="cuda wgpu": engines that are run beside a process that takes the card's memory (cuda).
 # SmolLM2's golden steps run where TUNE_SMOLLM2 is its folder, or parts of its GGUF file lie in MODEL_PARTS
 # (/tmp/tune-model), brought there by earlier calls; `split GGUF` here cuts the file into parts in .gpu_model/, with
 # the golden numbers from TUNE_ASSETS beside them.
@@ -60,32 +61,69 @@ passed=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$log" | awk '{ 
 failed=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$log" | awk '{ n += $1 } END { print n + 0 }')
 # A run that died has no result line.
 grep -q '^test result: ' "$log" || failed=$((failed + 1))
+sanitize() { # TOOL CASES
+    local begun=$SECONDS code ours
+    TUNE_CASES="$2" timeout "${SANITIZE_LIMIT:-200}" \
+        "$sanitizer" --tool "$1" --error-exitcode 9 .gpu/cuda every_operation --nocapture >"$log.$1" 2>&1
+    code=$?
+    # What racecheck cannot follow: the library's own kernels, which it reports too.
+    if [ $code = 9 ] && [ "$1" = racecheck ]; then
+        ours=$(grep 'Race reported' "$log.$1" | grep -vc ' at nvjet_')
+        echo "racecheck: $ours hazards in our kernels, the others in cuBLASLt's"
+        [ "$ours" = 0 ] && code=0
+    fi
+    if [ $code = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    echo "$1 of ${2:-all}: ended with $code after $((SECONDS - begun)) s; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log.$1" | tail -1)"
+    grep -E 'Invalid|Error: |Race reported|=========     at' "$log.$1" | sort | uniq -c | sort -rn | head -12
+}
 for tool in ${SANITIZE:-}; do
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
     if [ -z "$sanitizer" ]; then
         echo "left out: $tool, for compute-sanitizer is not on this machine"
         continue
     fi
-    begun=$SECONDS
-    TUNE_CASES="${SANITIZE_CASES:-}" timeout "${SANITIZE_LIMIT:-200}" \
-        "$sanitizer" --tool "$tool" --error-exitcode 9 .gpu/cuda every_operation --nocapture >"$log.$tool" 2>&1
-    code=$?
-    # What racecheck cannot follow: the library's own kernels, which it reports too.
-    if [ $code = 9 ] && [ "$tool" = racecheck ]; then
-        ours=$(grep 'Race reported' "$log.$tool" | grep -vc ' at nvjet_')
-        echo "racecheck: $ours hazards in our kernels, the others in cuBLASLt's"
-        [ "$ours" = 0 ] && code=0
-    fi
-    if [ $code = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
-    echo "$tool: ended with $code after $((SECONDS - begun)) s; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log.$tool" | tail -1)"
-    grep -E 'Invalid|Error: |Race reported|=========     at' "$log.$tool" | sort | uniq -c | sort -rn | head -12
+    if [ -z "${SANITIZE_CASES:-}" ]; then sanitize "$tool" ""; fi
+    for cases in ${SANITIZE_CASES:-}; do sanitize "$tool" "$cases"; done
 done
-# A run through the command line, killed with kill -9 and resumed without the file of tuned products, gives the bits of
-# one that went through.
+# A run through the command line, killed with kill -9 and resumed without the file of tuned products while another process
+# holds most of the card's memory, gives the bits of one that went through.
 if [ -x .gpu/tune ]; then
     work=$(mktemp -d)
     export TUNE_HOME="$work/home" XDG_CACHE_HOME="$work/cache" XDG_RUNTIME_DIR="$work/run"
     mkdir -p "$XDG_RUNTIME_DIR" && chmod 700 "$XDG_RUNTIME_DIR"
+    # Another process takes the card's memory but for so many MiB, until it is told to give it back.
+    take() { # MIB
+        rm -f "$work/taken" "$work/release"
+        python3 - "$work/taken" "$work/release" "$1" <<'PYTHON' &
+import ctypes, os, sys, time
+cuda = ctypes.CDLL("libcuda.so.1")
+device, context, pointer = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+assert cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
+assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0 and cuda.cuCtxSetCurrent(context) == 0
+free, total = ctypes.c_size_t(), ctypes.c_size_t()
+taken, piece = 0, 16 << 30
+while piece >= 2 << 20:
+    assert cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+    leaves = free.value - piece >= int(sys.argv[3]) << 20
+    if leaves and cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(piece)) == 0:
+        taken += piece
+    else:
+        piece //= 2
+open(sys.argv[1], "w").write(str(taken))
+for _ in range(1200):
+    if os.path.exists(sys.argv[2]):
+        break
+    time.sleep(0.1)
+PYTHON
+        hog=$!
+        for _ in $(seq 300); do [ -s "$work/taken" ] && return; sleep 0.1; done
+        echo "  nothing could be taken"
+        return 1
+    }
+    give_back() {
+        touch "$work/release"
+        wait "$hog"
+    }
     resume() { # NAME SETTING...
         local name=$1; shift
         local settings=(--model demo --data demo --set engine.device=cuda --set train.steps=1000 --set train.save_every=100)
@@ -98,7 +136,9 @@ if [ -x .gpu/tune ]; then
         kill -9 "$(sed -n 's/.*"event":"started".*"process":\([0-9]*\).*/\1/p' "$events")" || return 1
         sleep 0.5
         rm -rf "$XDG_CACHE_HOME/tune/cuda/tuning"
-        .gpu/tune resume "$id" --json >"$work/$name.resumed" 2>&1 || { tail -3 "$work/$name.resumed"; return 1; }
+        take 2048 || return 1
+        .gpu/tune resume "$id" --json >"$work/$name.resumed" 2>&1 || { tail -3 "$work/$name.resumed"; give_back; return 1; }
+        give_back
         grep '"event":"warning"' "$work/$name.resumed" | grep '"rule":"resume"' && return 1
         python3 - "$work/$name.whole" "$events" <<'PYTHON'
 import hashlib, json, pathlib, sys
@@ -117,34 +157,14 @@ PYTHON
     }
     # Another process takes what is left of the card: the run stops and is saved, a start says what is short, and with the
     # memory back the run goes on.
-    crowded() {
-        local id events hog code
-        id=$(.gpu/tune train --model demo --data demo --set engine.device=cuda --set train.steps=1000 \
+    crowded() { # DEVICE
+        local id events code
+        id=$(.gpu/tune train --model demo --data demo --set "engine.device=$1" --set train.steps=1000 \
             --set train.save_every=100 --detach 2>"$work/crowded.err") || { tail -3 "$work/crowded.err"; return 1; }
         events="$TUNE_HOME/runs/$id/events.jsonl"
         for _ in $(seq 600); do grep -q '"event":"checkpoint"' "$events" 2>/dev/null && break; sleep 0.1; done
         .gpu/tune pause "$id" >"$work/crowded.pause" 2>&1 || { cat "$work/crowded.pause"; return 1; }
-        python3 - "$work/taken" "$work/release" <<'PYTHON' &
-import ctypes, os, sys, time
-cuda = ctypes.CDLL("libcuda.so.1")
-device, context, pointer = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
-assert cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
-assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0 and cuda.cuCtxSetCurrent(context) == 0
-taken, piece = 0, 16 << 30
-while piece >= 2 << 20:
-    if cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(piece)) == 0:
-        taken += piece
-    else:
-        piece //= 2
-open(sys.argv[1], "w").write(str(taken))
-for _ in range(1200):
-    if os.path.exists(sys.argv[2]):
-        break
-    time.sleep(0.1)
-PYTHON
-        hog=$!
-        for _ in $(seq 300); do [ -s "$work/taken" ] && break; sleep 0.1; done
-        [ -s "$work/taken" ] || { echo "  nothing could be taken"; return 1; }
+        take 0 || return 1
         .gpu/tune continue "$id" >"$work/crowded.continue" 2>&1
         .gpu/tune stop "$id" >"$work/crowded.stop" 2>&1
         timeout 120 .gpu/tune wait "$id" >"$work/crowded.wait" 2>&1
@@ -153,14 +173,15 @@ PYTHON
         timeout 120 .gpu/tune resume "$id" >"$work/crowded.refused" 2>&1
         code=$?
         echo "  started there it ended with $code: $(grep -iE 'memory|needs' "$work/crowded.refused" | tail -1 | cut -c1-200)"
-        touch "$work/release"
-        wait "$hog"
+        give_back
         [ "$code" != 0 ] && grep -qiE 'memory|needs' "$work/crowded.refused" || { tail -5 "$work/crowded.refused"; return 1; }
         .gpu/tune resume "$id" --json >"$work/crowded.resumed" 2>&1 || { tail -3 "$work/crowded.resumed"; return 1; }
         echo "  with the memory back it finished"
     }
-    echo "through the command line, beside a process that takes the card's memory"
-    if crowded; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    for device in ${CROWDED:-cuda}; do
+        echo "through the command line on $device, beside a process that takes the card's memory"
+        if crowded "$device"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    done
     for case in "lora" "qlora method.kind=qlora train.optimizer=adamw8bit" "full method.kind=full train.optimizer=adamw8bit train.learning_rate=2e-5"; do
         # shellcheck disable=SC2086
         set -- $case
