@@ -2,9 +2,9 @@
 //! that would.
 
 use tune::backend::cuda::KnownCard;
-use tune::model::{AdapterOptions, Method, ModelConfig, TrainingOptions, names};
-use tune::program::plan::PlanError;
-use tune::program::{DType, Kind, Plan, Role, Target};
+use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
+use tune::program::plan::{PlanError, plan};
+use tune::program::{BufferId, DType, Kind, Plan, Role, Target};
 use tune::train::checkpoint::PlanChoice;
 use tune::train::planning::{PlanningError, RecomputeChoice, Search};
 
@@ -259,5 +259,57 @@ fn captured_programs_are_part_of_the_plan() {
         let micro = programs.iter().filter(|program| program.role == Role::Micro);
         let captured = micro.filter(|program| program.graph_bytes > 0).count();
         assert!(captured > 0 && (captured == choice.sizes.len()) == all, "{name}: {captured} of {:?}", choice.sizes);
+    }
+}
+
+/// Rows have room for LoRA branches where a product takes them from there, and nowhere else.
+#[test]
+fn rows_have_columns_to_spare_for_branches_only() {
+    let config = config("smollm2-135m");
+    let names = |method: Method, target: &Target| -> Vec<(String, usize)> {
+        let options =
+            TrainingOptions { sizes: vec![512], recompute: vec![Recompute::None; config.layers], ..options(method) };
+        let plan =
+            plan(training_workload(&config, &options, target).expect("a workload"), target.clone()).expect("a plan");
+        let workload = &plan.workload;
+        let spare = |index: usize| plan.spare.of(workload, BufferId(index as u32));
+        let named = workload.buffers.iter().enumerate().filter(|(_, buffer)| buffer.name.contains("layers.3."));
+        named.map(|(index, buffer)| (buffer.name.clone(), spare(index))).filter(|(_, spare)| *spare > 0).collect()
+    };
+    let dropped = |rank| {
+        let Method::Lora { mut adapter, weights } = adapter(rank, None) else { unreachable!() };
+        adapter.dropout = 0.1;
+        Method::Lora { adapter, weights }
+    };
+    let of = |pairs: &[(String, usize)], name: &str| {
+        pairs.iter().find(|(found, _)| found.ends_with(name)).map(|(_, spare)| *spare)
+    };
+    let target = card("H100");
+    let plain = names(lora(), &target);
+    for (name, spare) in [
+        ("micro.512:layers.3.norm1", 48),
+        ("evaluate.512:layers.3.norm2", 32),
+        ("micro.512:layers.3.mlp.glu", 16),
+        ("layers.3.self_attn.k_proj.weight", 48),
+        ("layers.3.mlp.up_proj.weight", 32),
+        ("layers.3.mlp.down_proj.weight", 16),
+    ] {
+        assert_eq!(of(&plain, name), Some(spare), "{name} in {plain:?}");
+    }
+    // What attention writes has none, nor the weight that takes it.
+    assert_eq!(of(&plain, "layers.3.self_attn.o_proj.weight"), None);
+    let quantized = names(qlora(16), &target);
+    assert!(
+        quantized.len() < plain.len() && quantized.iter().all(|(name, _)| !name.ends_with("weight")),
+        "{quantized:?}"
+    );
+    for (method, target) in [
+        (Method::Full, &target),
+        (dropped(16), &target),
+        (adapter(4, None), &target),
+        (adapter(16, Some(DType::Fp8)), &target),
+        (lora(), &tune::backend::cpu::target().expect("a target")),
+    ] {
+        assert_eq!(names(method, target), []);
     }
 }

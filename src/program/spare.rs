@@ -43,27 +43,30 @@ impl Spare {
             let touched = step.op.accesses().into_iter().map(|(id, _)| id).filter(|id| !free.contains(id));
             fixed.extend(touched.map(|id| workload.whole(id)));
         }
-        for step in steps() {
-            let Op::Linear { input, projections } = &step.op else { continue };
-            let input = workload.whole(*input);
+        let linear = || {
+            steps().filter_map(|step| match &step.op {
+                Op::Linear { input, projections } => Some((workload.whole(*input), projections)),
+                _ => None,
+            })
+        };
+        let is_plain = |weight: &BufferId| !workload.buffer(*weight).dtype.is_quantized();
+        let weights =
+            |projections: &[Projection]| projections.iter().map(|projection| projection.weight).collect::<Vec<_>>();
+        for (input, projections) in linear() {
             if fixed.contains(&input) || !workload.buffer(input).kind.is_transient() {
-                fixed.extend(projections.iter().map(|projection| projection.weight));
+                fixed.extend(weights(projections));
             }
         }
-        for step in steps() {
-            let Op::Linear { input, projections } = &step.op else { continue };
-            let input = workload.whole(*input);
+        for (input, projections) in linear() {
             let Some(columns) = branch_columns(workload, input, projections) else { continue };
-            if fixed.contains(&input) || !workload.buffer(input).kind.is_transient() {
+            let plain: Vec<BufferId> = weights(projections).into_iter().filter(is_plain).collect();
+            let transient = workload.buffer(input).kind.is_transient();
+            if !transient || fixed.contains(&input) || plain.iter().any(|weight| fixed.contains(weight)) {
                 continue;
             }
             let widest = spare.entry(input).or_insert(0);
             *widest = columns.max(*widest);
-            let plain = projections
-                .iter()
-                .map(|projection| projection.weight)
-                .filter(|weight| !fixed.contains(weight) && !workload.buffer(*weight).dtype.is_quantized());
-            spare.extend(plain.map(|weight| (weight, columns)));
+            spare.extend(plain.into_iter().map(|weight| (weight, columns)));
         }
         Self(spare)
     }

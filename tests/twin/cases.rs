@@ -254,6 +254,11 @@ fn linear(target: &Target, cases: &mut Vec<Case>) {
         (130, 96, &[160, 160], DType::F32, Parts { dropout: 0.3, ..lora }),
         (257, 64, &[96, 32, 32], DType::BF16, Parts { dropout: 0.1, rank: Some(16), ..plain }),
         (33, 1536, &[576], DType::BF16, Parts { rank: Some(64), ..plain }),
+        // Ranks that kernels may not take, and tokens and columns of more than one tile of theirs.
+        (33, 96, &[160, 32], DType::F32, Parts { rank: Some(4), ..plain }),
+        (70, 64, &[136], DType::BF16, Parts { rank: Some(128), ..plain }),
+        (530, 64, &[264, 200, 48], DType::BF16, Parts { rank: Some(32), ..plain }),
+        (1100, 32, &[640, 640], DType::F32, Parts { rank: Some(16), ..plain }),
         (64, 128, &[256], DType::F32, Parts { needs_input_gradient: false, ..lora }),
         (37, 96, &[96, 48, 48], DType::F32, Parts { bias: true, trained: true, ..plain }),
         (130, 160, &[320, 320], DType::F32, Parts { trained: true, ..plain }),

@@ -35,6 +35,47 @@ struct Tiling {
 }
 
 impl Tiling {
+    /// For so many rows of projections with these (columns, rank); none where the kernel does not take them: large ranks,
+    /// little shared memory or workspace.
+    fn new(
+        rows: usize,
+        sizes: &[(usize, usize)],
+        multiprocessors: usize,
+        shared_bytes: usize,
+        workspace: usize,
+    ) -> Option<Self> {
+        let widest = sizes.iter().map(|&(_, rank)| rank).max()?;
+        let rank = RANKS.into_iter().find(|&rank| rank >= widest)?;
+        let column_tiles: usize = sizes.iter().map(|(columns, _)| columns.div_ceil(TILE)).sum();
+        let fitting = |limit: usize| {
+            let tiles = [4, 2, 1].into_iter().filter(move |&tiles| tiles * rank <= 64);
+            tiles.filter(move |&tiles| Self::shared_bytes(rank, tiles) <= limit)
+        };
+        // As many tokens a block as leave a block for every multiprocessor.
+        let fills = |tiles: &usize| rows.div_ceil(TILE * tiles) * column_tiles >= multiprocessors;
+        let half = HALF_SHARED.min(shared_bytes);
+        let tiles = fitting(half).find(fills).or(fitting(half).next_back()).or(fitting(shared_bytes).next_back())?;
+        let mut tokens = rows;
+        loop {
+            let blocks = tokens.div_ceil(TILE * tiles);
+            let wanted = (2 * multiprocessors).div_ceil(blocks).clamp(1, column_tiles);
+            let tiling = Self { rank, tiles, tokens, strip_tiles: column_tiles.div_ceil(wanted) };
+            if tiling.workspace(sizes) <= workspace {
+                return Some(tiling);
+            }
+            if blocks == 1 {
+                return None;
+            }
+            tokens = blocks.div_ceil(2) * TILE * tiles;
+        }
+    }
+
+    /// Bytes of all partial sums of a launch.
+    fn workspace(&self, sizes: &[(usize, usize)]) -> usize {
+        let bytes = |&(columns, rank): &(usize, usize)| self.partial_bytes(columns, rank, self.tokens).1;
+        sizes.iter().map(|size| bytes(size).next_multiple_of(256)).sum()
+    }
+
     fn shared_bytes(rank: usize, tiles: usize) -> usize {
         2 * TILE * TILE * 2 + (2 * TILE + tiles * TILE) * (2 * rank + 16)
     }
@@ -258,7 +299,12 @@ impl Lowering<'_> {
             });
         }
         for branches in branches.chunks(MOST_PARTS) {
-            match self.tiling(branches) {
+            let sizes: Vec<_> = branches.iter().map(|branch| (branch.grad_output.columns, branch.rank())).collect();
+            let tiling = branches.iter().all(Branch::is_even).then(|| {
+                let workspace = self.products.workspace().1 as usize;
+                Tiling::new(x.rows, &sizes, self.card.multiprocessors as usize, self.card.shared_bytes, workspace)
+            });
+            match tiling.flatten() {
                 Some(tiling) => self.output_sums(branches, &tiling)?,
                 None => self.output_products(branches)?,
             }
@@ -279,45 +325,6 @@ impl Lowering<'_> {
             }
         }
         Ok(())
-    }
-
-    /// How the kernel takes these branches; none where it does not: odd sizes, large ranks, little shared memory.
-    fn tiling(&self, branches: &[Branch]) -> Option<Tiling> {
-        let rows = branches.first()?.grad_output.rows;
-        let widest = branches.iter().map(Branch::rank).max()?;
-        let rank = RANKS.into_iter().find(|&rank| rank >= widest)?;
-        if !branches.iter().all(Branch::is_even) {
-            return None;
-        }
-        let column_tiles: usize = branches.iter().map(|branch| branch.grad_output.columns.div_ceil(TILE)).sum();
-        let multiprocessors = self.card.multiprocessors as usize;
-        let most = if rank == 64 { 1 } else { 64 / rank };
-        let fitting = |limit: usize| {
-            let tiles = [4, 2, 1].into_iter().filter(move |&tiles| tiles <= most);
-            tiles.filter(move |&tiles| Tiling::shared_bytes(rank, tiles) <= limit)
-        };
-        // As many tokens a block as leave a block for every multiprocessor.
-        let fills = |tiles: &usize| rows.div_ceil(TILE * tiles) * column_tiles >= multiprocessors;
-        let (half, whole) = (HALF_SHARED.min(self.card.shared_bytes), self.card.shared_bytes);
-        let tiles = fitting(half).find(fills).or(fitting(half).last()).or(fitting(whole).last())?;
-        let workspace = self.products.workspace().1 as usize;
-        let mut tokens = rows;
-        loop {
-            let blocks = tokens.div_ceil(TILE * tiles);
-            let wanted = (2 * multiprocessors).div_ceil(blocks).clamp(1, column_tiles);
-            let tiling = Tiling { rank, tiles, tokens, strip_tiles: column_tiles.div_ceil(wanted) };
-            let bytes = branches.iter().map(|branch| {
-                let (_, bytes) = tiling.partial_bytes(branch.grad_output.columns, branch.rank(), tokens);
-                bytes.next_multiple_of(256)
-            });
-            if bytes.sum::<usize>() <= workspace {
-                return Some(tiling);
-            }
-            if blocks == 1 {
-                return None;
-            }
-            tokens = blocks.div_ceil(2) * TILE * tiles;
-        }
     }
 
     /// `grad_middle = scale · grad_output · b` and `grad_b += scale · grad_outputᵀ · middle` from one pass over the gradient of
@@ -489,4 +496,35 @@ pub(in crate::backend::cuda) fn files(op: &Op) -> Vec<Variant> {
 /// Two integers of a kernel's struct in one word.
 fn words(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WORKSPACE: usize = 32 << 20;
+
+    #[test]
+    fn partial_sums_fit_their_workspace_however_many_tokens_there_are() {
+        let shapes: [&[(usize, usize)]; 4] =
+            [&[(14336, 16), (14336, 16)], &[(4096, 32), (1024, 32), (1024, 32)], &[(28672, 64)], &[(8, 8)]];
+        for sizes in shapes {
+            for rows in [1, 128, 129, 4096, 16_384, 78_475] {
+                for (multiprocessors, shared_bytes) in [(132, 227 << 10), (28, 99 << 10), (108, 163 << 10)] {
+                    let Some(tiling) = Tiling::new(rows, sizes, multiprocessors, shared_bytes, WORKSPACE) else {
+                        assert!(sizes[0].1 > 32 && shared_bytes < 100 << 10, "{rows} rows of {sizes:?}");
+                        continue;
+                    };
+                    assert!(tiling.workspace(sizes) <= WORKSPACE);
+                    assert!(Tiling::shared_bytes(tiling.rank, tiling.tiles) <= shared_bytes);
+                    // Launches begin at whole blocks of tokens.
+                    assert!(tiling.tokens >= rows || tiling.tokens.is_multiple_of(TILE * tiling.tiles));
+                    for &(columns, _) in sizes {
+                        assert!(tiling.strips(columns) * tiling.strip_tiles * TILE >= columns);
+                    }
+                }
+            }
+        }
+        assert!(Tiling::new(128, &[(512, 128)], 132, 227 << 10, WORKSPACE).is_none());
+    }
 }
