@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (pair < (i64)tokens * HEADS && chunk < HEAD_DIM / 8) {
         float a[8], b[8];
         load<8>(grad_output + pair * HEAD_DIM + chunk * 8, a);
-        load<8>(output + pair * HEAD_DIM + chunk * 8, b);
+        load<8>(output + pair / HEADS * OUTPUT_STRIDE + pair % HEADS * HEAD_DIM + chunk * 8, b);
 #pragma unroll
         for (int i = 0; i < 8; i++) sum += a[i] * b[i];
     }
@@ -62,7 +62,7 @@ DEVICE void backward_key_value(bf16* grad_qkv, const bf16* grad_output, const bf
         u32 stage = stages + (step & 1) * STAGE_BYTES;
         copy_rows<KEY_BLOCK_M, KEY_THREADS>(stage, qkv + head * HEAD_DIM, QKV_STRIDE, m0, tokens);
         copy_rows<KEY_BLOCK_M, KEY_THREADS>(stage + KEY_BLOCK_M * ROW_BYTES, grad_output + head * HEAD_DIM,
-                                            OUTPUT_STRIDE, m0, tokens);
+                                            GRAD_OUTPUT_STRIDE, m0, tokens);
         for (int i = threadIdx.x; i < 2 * KEY_BLOCK_M; i += KEY_THREADS) {
             int row = m0 + i % KEY_BLOCK_M;
             bool valid = row < tokens;
@@ -190,9 +190,9 @@ DEVICE void backward_key_value(bf16* grad_qkv, const bf16* grad_output, const bf
     unsigned char* staging = shared + warp_row * ROW_BYTES;
     bf16* grad_key_head = grad_qkv + (HEADS + kv_head) * HEAD_DIM;
     if constexpr (WITH_KEY)
-        store_rows<HEAD_DIM>(grad_key_head, QKV_STRIDE, first + warp_row, tokens, staging, grad_key, SCALE, SCALE);
+        store_rows<HEAD_DIM>(grad_key_head, GRAD_QKV_STRIDE, first + warp_row, tokens, staging, grad_key, SCALE, SCALE);
     if constexpr (WITH_VALUE)
-        store_rows<HEAD_DIM>(grad_key_head + KV_HEADS * HEAD_DIM, QKV_STRIDE, first + warp_row, tokens, staging, grad_value, 1.0f,
+        store_rows<HEAD_DIM>(grad_key_head + KV_HEADS * HEAD_DIM, GRAD_QKV_STRIDE, first + warp_row, tokens, staging, grad_value, 1.0f,
                    1.0f);
 }
 
@@ -237,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS)
         copy_async_commit();
     };
     copy_rows<QUERY_BLOCK_M, QUERY_THREADS>(query_tile, qkv + head * HEAD_DIM, QKV_STRIDE, first, tokens);
-    copy_rows<QUERY_BLOCK_M, QUERY_THREADS>(grad_tile, grad_output + head * HEAD_DIM, OUTPUT_STRIDE, first, tokens);
+    copy_rows<QUERY_BLOCK_M, QUERY_THREADS>(grad_tile, grad_output + head * HEAD_DIM, GRAD_OUTPUT_STRIDE, first, tokens);
     copy_step(first_block);
 
     int warp_row = warp * 16;
@@ -317,6 +317,6 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS)
         }
     }
 
-    store_rows<HEAD_DIM>(grad_qkv + head * HEAD_DIM, QKV_STRIDE, first + warp_row, tokens, shared + warp_row * ROW_BYTES, grad_query,
+    store_rows<HEAD_DIM>(grad_qkv + head * HEAD_DIM, GRAD_QKV_STRIDE, first + warp_row, tokens, shared + warp_row * ROW_BYTES, grad_query,
                SCALE, SCALE);
 }

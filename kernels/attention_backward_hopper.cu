@@ -247,8 +247,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (add) barrier_arrive(step_empty + 8 * previous);
         if (lane == 0) barrier_arrive(tile_used);
         bf16* head = grad_qkv + (HEADS + tile.head) * HEAD_DIM;
-        store_rows<PIECE>(head, QKV_STRIDE, tile.first + warp_row, tokens, warp_staging, grad_key, SCALE, SCALE);
-        store_rows<PIECE>(head + KV_HEADS * HEAD_DIM, QKV_STRIDE, tile.first + warp_row, tokens, warp_staging, grad_value,
+        store_rows<PIECE>(head, GRAD_QKV_STRIDE, tile.first + warp_row, tokens, warp_staging, grad_key, SCALE, SCALE);
+        store_rows<PIECE>(head + KV_HEADS * HEAD_DIM, GRAD_QKV_STRIDE, tile.first + warp_row, tokens, warp_staging, grad_value,
                           1.0f, 1.0f);
     }
 }
@@ -436,7 +436,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wgmma_wait<0>();
         keep(grad_query);
         if (lane == 0) barrier_arrive(key_empty + 8 * previous);
-        store_rows<PIECE>(grad_qkv + tile.head * HEAD_DIM, QKV_STRIDE, tile.first + warp_row, tokens, warp_staging, grad_query,
+        store_rows<PIECE>(grad_qkv + tile.head * HEAD_DIM, GRAD_QKV_STRIDE, tile.first + warp_row, tokens, warp_staging, grad_query,
                           SCALE, SCALE);
     }
 }

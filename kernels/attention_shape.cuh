@@ -1,15 +1,25 @@
 // What the attention kernels share: the shape they are compiled for and which tokens see which.
 //
-// Macros: HEADS, KV_HEADS, HEAD_DIM; SCALE (float, positive); WINDOW (0: none); SOFTCAP (float, 0: none).
+// Macros: HEADS, KV_HEADS, HEAD_DIM; SCALE (float, positive); WINDOW (0: none); SOFTCAP (float, 0: none). OUTPUT_SPARE and
+// GRAD_SPARE: columns that rows of the output and of the gradient of qkv have beyond their own (0).
 //
 // A token t sees s when first_seen(t) <= s <= t; token s is seen by t when s <= t < end_of_seers(s). Both bounds never
 // decrease, so that the first and last token of a tile bound all of it.
+
+#ifndef OUTPUT_SPARE
+#define OUTPUT_SPARE 0
+#endif
+#ifndef GRAD_SPARE
+#define GRAD_SPARE 0
+#endif
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr i64 QKV_STRIDE = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
-constexpr i64 OUTPUT_STRIDE = HEADS * HEAD_DIM;
+constexpr i64 OUTPUT_STRIDE = HEADS * HEAD_DIM + OUTPUT_SPARE;
+constexpr i64 GRAD_OUTPUT_STRIDE = HEADS * HEAD_DIM;
+constexpr i64 GRAD_QKV_STRIDE = QKV_STRIDE + GRAD_SPARE;
 constexpr bool HAS_SOFTCAP = SOFTCAP > 0.0f;
 
 // Turns raw scores (after the cap, where there is one) into exponents of two.

@@ -20,7 +20,7 @@ extern "C" __global__ void cache_append(const bf16* qkv, bf16* cache_key, bf16* 
 // Grid: (tokens, heads), 128 threads. Lane l holds dimensions l, l + 32, ...: head_dim at most 256.
 extern "C" __global__ void __launch_bounds__(128)
     cached_attention(const bf16* qkv, const bf16* cache_key, const bf16* cache_value, const int* start, bf16* output,
-                     int heads, int kv_heads, int head_dim, int capacity, float scale, int window, float cap) {
+                     i64 output_stride, int heads, int kv_heads, int head_dim, int capacity, float scale, int window, float cap) {
     __shared__ float shared_maximum[4], shared_sum[4], shared_output[4][256];
     int token = blockIdx.x, head = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int kv_head = head / (heads / kv_heads);
@@ -71,6 +71,6 @@ extern "C" __global__ void __launch_bounds__(128)
     for (int d = threadIdx.x; d < head_dim; d += 128) {
         float value = 0.0f;
         for (int w = 0; w < 4; w++) value += shared_output[w][d] * factor[w];
-        output[((i64)token * heads + head) * head_dim + d] = to_bf16(value / total);
+        output[token * output_stride + head * head_dim + d] = to_bf16(value / total);
     }
 }

@@ -4,7 +4,7 @@
 //   silu: f(x) = x s(x), f'(x) = s (1 + x (1 - s)) with s the logistic function
 //   gelu (tanh): f(x) = x (1 + t) / 2 with t = tanh(k (x + c x^3)), f'(x) = (1 + t)/2 + x (1 - t^2) k (1 + 3 c x^2)/2
 //
-// Grid: (rows, column tiles). gate_up rows hold `columns` gate values, then as many up values.
+// Grid: (rows, column tiles). gate_up rows hold `columns` gate values, then as many up values, and lie `stride` apart.
 
 template <int GELU>
 __device__ __forceinline__ void activation(float x, float& value, float& slope) {
@@ -21,10 +21,10 @@ __device__ __forceinline__ void activation(float x, float& value, float& slope) 
 }
 
 template <int V, int GELU>
-__device__ __forceinline__ void glu(const bf16* gate_up, bf16* output, i64 output_stride, int columns) {
+__device__ __forceinline__ void glu(const bf16* gate_up, i64 stride, bf16* output, i64 output_stride, int columns) {
     int column = (blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (column >= columns) return;
-    const bf16* row = gate_up + (i64)blockIdx.x * 2 * columns;
+    const bf16* row = gate_up + blockIdx.x * stride;
     float gate[V], up[V];
     load<V>(row + column, gate);
     load<V>(row + columns + column, up);
@@ -38,14 +38,15 @@ __device__ __forceinline__ void glu(const bf16* gate_up, bf16* output, i64 outpu
 }
 
 template <int V, int GELU>
-__device__ __forceinline__ void glu_backward(const bf16* grad_output, const bf16* gate_up, bf16* grad_gate_up,
-                                             int columns) {
+__device__ __forceinline__ void glu_backward(const bf16* grad_output, const bf16* gate_up, i64 stride,
+                                             bf16* grad_gate_up, i64 grad_stride, int columns) {
     int column = (blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (column >= columns) return;
-    i64 row = (i64)blockIdx.x * 2 * columns;
+    const bf16* row = gate_up + blockIdx.x * stride;
+    bf16* grad_row = grad_gate_up + blockIdx.x * grad_stride;
     float gate[V], up[V], grad[V];
-    load<V>(gate_up + row + column, gate);
-    load<V>(gate_up + row + columns + column, up);
+    load<V>(row + column, gate);
+    load<V>(row + columns + column, up);
     load<V>(grad_output + (i64)blockIdx.x * columns + column, grad);
 #pragma unroll
     for (int i = 0; i < V; i++) {
@@ -54,18 +55,19 @@ __device__ __forceinline__ void glu_backward(const bf16* grad_output, const bf16
         gate[i] = grad[i] * up[i] * slope;
         up[i] = grad[i] * value;
     }
-    store<V>(grad_gate_up + row + column, gate);
-    store<V>(grad_gate_up + row + columns + column, up);
+    store<V>(grad_row + column, gate);
+    store<V>(grad_row + columns + column, up);
 }
 
 #define GLU(NAME, V, GELU)                                                                                \
-    extern "C" __global__ void glu_##NAME(const bf16* gate_up, bf16* output, i64 output_stride,           \
-                                          int columns) {                                                  \
-        glu<V, GELU>(gate_up, output, output_stride, columns);                                            \
+    extern "C" __global__ void glu_##NAME(const bf16* gate_up, i64 stride, bf16* output,                  \
+                                          i64 output_stride, int columns) {                               \
+        glu<V, GELU>(gate_up, stride, output, output_stride, columns);                                    \
     }                                                                                                     \
     extern "C" __global__ void glu_backward_##NAME(const bf16* grad_output, const bf16* gate_up,          \
-                                                   bf16* grad_gate_up, int columns) {                     \
-        glu_backward<V, GELU>(grad_output, gate_up, grad_gate_up, columns);                               \
+                                                   i64 stride, bf16* grad_gate_up, i64 grad_stride,       \
+                                                   int columns) {                                         \
+        glu_backward<V, GELU>(grad_output, gate_up, stride, grad_gate_up, grad_stride, columns);          \
     }
 
 GLU(8_silu, 8, 0)

@@ -5,7 +5,8 @@
 // have to spare, and one product takes both: y = [x | s m] [w | b]^T. Nothing is added to y afterwards.
 //
 // Backward: both sums over the gradient of y from one pass over it,
-//   g = s grad_y b  [tokens, rank],   grad_b += s grad_y^T m  [columns, rank].
+//   g = s grad_y b  [tokens, rank],   grad_b += s grad_y^T m  [columns, rank],
+// g beside that gradient and a below w, so that one product gives the gradient of the input: [grad_y | g] [w; a].
 // A block works through a strip of columns, tile by tile, for TILES tiles of tokens; partial sums of g (a strip's) and of
 // grad_b (a block of tokens') are added in order by lora_finish: the same bits on every run.
 //
@@ -249,4 +250,14 @@ extern "C" __global__ void __launch_bounds__(256)
         }
     }
     *(uint4*)(of_x ? x + row * x_stride + column : w + row * w_stride + column) = out;
+}
+
+// Rows of a below those of w. Eight values a thread; grid: (ceil(rows columns / 8 / 256)).
+extern "C" __global__ void __launch_bounds__(256)
+    lora_below(const bf16* a, i64 a_stride, bf16* to, i64 stride, int rows, int columns) {
+    int chunks = columns / 8;
+    int i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= rows * chunks) return;
+    int row = i / chunks, column = i % chunks * 8;
+    *(uint4*)(to + row * stride + column) = *(const uint4*)(a + row * a_stride + column);
 }

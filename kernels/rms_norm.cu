@@ -48,7 +48,8 @@ __device__ __forceinline__ void rms_norm(const bf16* input, const bf16* residual
 template <int V, class W>
 __device__ __forceinline__ void rms_norm_backward(const bf16* grad_output, const bf16* input, const W* weight,
                                                   const float* inverse_rms, const bf16* residual_grad,
-                                                  bf16* grad_input, int columns, float offset) {
+                                                  i64 residual_stride, bf16* grad_input, i64 grad_stride, int columns,
+                                                  float offset) {
     __shared__ float shared[32];
     i64 base = (i64)blockIdx.x * columns;
     float inverse = inverse_rms[blockIdx.x];
@@ -71,11 +72,11 @@ __device__ __forceinline__ void rms_norm_backward(const bf16* grad_output, const
         for (int i = 0; i < V; i++) out[i] = inverse * (g[i] * (offset + w[i]) - x[i] * inverse * mean);
         if (residual_grad) {
             float other[V];
-            load<V>(residual_grad + base + column, other);
+            load<V>(residual_grad + blockIdx.x * residual_stride + column, other);
 #pragma unroll
             for (int i = 0; i < V; i++) out[i] += other[i];
         }
-        store<V>(grad_input + base + column, out);
+        store<V>(grad_input + blockIdx.x * grad_stride + column, out);
     }
 }
 
@@ -87,9 +88,10 @@ __device__ __forceinline__ void rms_norm_backward(const bf16* grad_output, const
     }                                                                                                               \
     extern "C" __global__ void rms_norm_backward_##NAME(                                                            \
         const bf16* grad_output, const bf16* input, const W* weight, const float* inverse_rms,                      \
-        const bf16* residual_grad, bf16* grad_input, int columns, float offset) {                                   \
-        rms_norm_backward<V, W>(grad_output, input, weight, inverse_rms, residual_grad, grad_input, columns,        \
-                                offset);                                                                            \
+        const bf16* residual_grad, i64 residual_stride, bf16* grad_input, i64 grad_stride, int columns,             \
+        float offset) {                                                                                             \
+        rms_norm_backward<V, W>(grad_output, input, weight, inverse_rms, residual_grad, residual_stride,            \
+                                grad_input, grad_stride, columns, offset);                                          \
     }
 
 // Vector width, then the type of the weight.

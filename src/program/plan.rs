@@ -33,7 +33,7 @@ pub struct Plan {
     pub segments: Vec<u64>,
     /// Persistent buffers that lie in the host's memory; their placement is [`Placement::Own`].
     pub host: BTreeSet<BufferId>,
-    /// Columns that rows of buffers have beyond their own.
+    /// Room of buffers for LoRA branches.
     pub spare: Spare,
     pub summary: Summary,
 }
@@ -254,13 +254,14 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
         if buffer.kind.is_transient() || host.contains(&id) {
             continue;
         }
-        *bytes.entry(buffer.kind.name()).or_default() += aligned(spare.bytes(&workload, id), target.alignment);
+        let taken = aligned(spare.bytes(&workload, id, buffer.dtype), target.alignment);
+        *bytes.entry(buffer.kind.name()).or_default() += taken;
     }
     let mut programs = Vec::new();
     let mut worst = (0, 0);
     for program in &workload.programs {
         let mut lives = lives(&workload, program);
-        let shared = if target.works_in_place() { share(&workload, program, &mut lives) } else { Vec::new() };
+        let shared = if target.works_in_place() { share(&workload, &spare, program, &mut lives) } else { Vec::new() };
         place(&workload, &target, &spare, &lives, &mut placements, &mut segments)?;
         for (result, input) in shared {
             placements[result.index()] = placements[input.index()];
@@ -409,13 +410,14 @@ fn aligned(bytes: u64, alignment: u64) -> u64 {
 /// Lets the gradient of a gated product take the place of its input where nothing reads the input any more: gives
 /// (result, input) pairs, whose lives become one. Not so in linear operations, where the same holds for LoRA branches: what
 /// runs beside the large product would have to come before it.
-fn share(workload: &Workload, program: &Program, lives: &mut Vec<Life>) -> Vec<(BufferId, BufferId)> {
+fn share(workload: &Workload, spare: &Spare, program: &Program, lives: &mut Vec<Life>) -> Vec<(BufferId, BufferId)> {
     let mut pairs = Vec::new();
     for (at, step) in program.steps.iter().enumerate() {
         let Op::GluBackward { gate_up, grad_gate_up, .. } = &step.op else { continue };
         let find = |id: BufferId| lives.iter().position(|life| life.buffer == id);
         let (Some(input), Some(result)) = (find(*gate_up), find(*grad_gate_up)) else { continue };
-        let same = workload.buffer(*gate_up).bytes() == workload.buffer(*grad_gate_up).bytes();
+        let bytes = |id: BufferId| spare.bytes(workload, id, workload.buffer(id).dtype);
+        let same = bytes(*gate_up) == bytes(*grad_gate_up);
         if same && lives[input].last == at && lives[result].first == at {
             lives[input].last = lives[result].last;
             lives.remove(result);
@@ -430,7 +432,7 @@ fn peak(workload: &Workload, spare: &Spare, program: &Program, lives: &[Life]) -
     let mut change = vec![(0i64, 0i64); program.steps.len() + 1];
     for life in lives {
         let buffer = workload.buffer(life.buffer);
-        let bytes = spare.bytes(workload, life.buffer) as i64;
+        let bytes = spare.bytes(workload, life.buffer, buffer.dtype) as i64;
         let (add, remove) = (life.first, life.last + 1);
         if buffer.kind == Kind::Workspace {
             change[add].1 += bytes;
@@ -458,7 +460,9 @@ fn place(
     placements: &mut [Placement],
     segments: &mut Vec<u64>,
 ) -> Result<(), PlanError> {
-    let size = |life: &Life| aligned(spare.bytes(workload, life.buffer).max(1), target.alignment);
+    let size = |life: &Life| {
+        aligned(spare.bytes(workload, life.buffer, workload.buffer(life.buffer).dtype).max(1), target.alignment)
+    };
     let mut order: Vec<&Life> = lives.iter().collect();
     order.sort_by_key(|life| (std::cmp::Reverse(size(life)), life.first, life.buffer));
     // Placed so far, a list a segment: (life, offset, bytes).
@@ -497,7 +501,7 @@ fn place_rows(workload: &Workload, spare: &Spare, placements: &mut [Placement]) 
     for (index, buffer) in workload.buffers.iter().enumerate() {
         let Some((whole, first)) = buffer.within else { continue };
         if let Placement::Arena { segment, offset } = placements[whole.index()] {
-            let offset = offset + buffer.dtype.bytes(&[first, buffer.columns() + spare.of(workload, whole)]);
+            let offset = offset + buffer.dtype.bytes(&[first, buffer.columns() + spare.columns(workload, whole)]);
             placements[index] = Placement::Arena { segment, offset };
         }
     }

@@ -66,14 +66,15 @@ fn stored(buffer: &Buffer, written: bool) -> DType {
     }
 }
 
-fn stored_bytes(buffer: &Buffer, dtype: DType, spare: usize) -> u64 {
+/// Bytes of a buffer on the card, with the room that it has.
+fn stored_bytes(workload: &Workload, spare: &Spare, id: BufferId, dtype: DType) -> u64 {
+    let buffer = workload.buffer(id);
     match dtype {
         // The scale comes after the last weight of a linear operation.
         DType::Fp8 => buffer.elements() as u64,
         DType::Nf4 => Nf4Parts::at(0, buffer.elements() as u64).end,
         DType::Int8 => Int8Parts::at(0, buffer.elements() as u64, buffer.rows() as u64).end,
-        _ if spare > 0 => dtype.bytes(&[buffer.rows(), buffer.columns() + spare]),
-        _ => dtype.bytes(&buffer.shape),
+        _ => spare.bytes(workload, id, dtype),
     }
 }
 
@@ -106,7 +107,7 @@ impl Fp8Scratch {
 pub(super) struct Memory {
     addresses: Vec<u64>,
     stored: Vec<DType>,
-    /// Columns that rows have beyond their own.
+    /// Room for LoRA branches.
     spare: Spare,
     /// Where the scales of weights in 8-bit floats lie: the weights of one linear operation share one.
     scales: HashMap<BufferId, u64>,
@@ -143,7 +144,7 @@ impl Memory {
                 // Members that end on no 16-byte boundary cannot touch.
                 let start = if next.is_multiple_of(16) { next } else { next.next_multiple_of(ALIGNMENT) };
                 addresses[id.index()] = start;
-                next = start + stored_bytes(workload.buffer(id), stored[id.index()], plan.spare.of(workload, id));
+                next = start + stored_bytes(workload, &plan.spare, id, stored[id.index()]);
             }
             if !eight_bit.is_empty() {
                 let scale = next.next_multiple_of(16);
@@ -160,7 +161,7 @@ impl Memory {
         let scratch = DeviceMemory::new(card, scratch_bytes(workload, &plan.target), "scratch")?;
         let mut host = HashMap::new();
         for &id in &plan.host {
-            let bytes = stored_bytes(workload.buffer(id), stored[id.index()], 0);
+            let bytes = stored_bytes(workload, &plan.spare, id, stored[id.index()]);
             let mut memory = PinnedMemory::new(card, bytes.max(16) as usize)?;
             if workload.buffer(id).kind == Kind::Optimizer {
                 memory.bytes_mut().fill(0);
@@ -174,7 +175,8 @@ impl Memory {
             }
             addresses[index] = match plan.placements[index] {
                 Placement::Arena { segment, offset } => {
-                    if offset + plan.spare.bytes(workload, BufferId(index as u32)) > segments[segment].bytes {
+                    let bytes = plan.spare.bytes(workload, BufferId(index as u32), buffer.dtype);
+                    if offset + bytes > segments[segment].bytes {
                         return Err(failed(format!("{} does not fit its arena segment", buffer.name)));
                     }
                     segments[segment].pointer + offset
@@ -242,7 +244,12 @@ impl Memory {
 
     /// Columns that the buffer's rows have beyond their own.
     pub fn spare(&self, workload: &Workload, id: BufferId) -> usize {
-        self.spare.of(workload, id)
+        self.spare.columns(workload, id)
+    }
+
+    /// Rows below the buffer's own.
+    pub fn spare_rows(&self, id: BufferId) -> usize {
+        self.spare.rows(id)
     }
 
     /// The type in which the buffer is held.

@@ -75,7 +75,7 @@ impl CudaSession {
         let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
         let mut used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
         for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
-            let wanted = attention::files(card.capability, &step.op).into_iter().chain(lora::files(&step.op));
+            let wanted = attention::files(card.capability, &plan, &step.op).into_iter().chain(lora::files(&step.op));
             let new = wanted.filter(|variant| !used.contains(variant));
             used.extend(new.collect::<Vec<_>>());
         }

@@ -8,7 +8,7 @@ use crate::backend::EngineError;
 use crate::backend::cuda::command::{TensorMap, arguments};
 use crate::backend::cuda::compile::{Define, Variant};
 use crate::backend::cuda::driver::unsupported;
-use crate::program::{AttentionShape, BufferId, DType, Op};
+use crate::program::{AttentionShape, BufferId, DType, Op, Plan};
 
 impl Lowering<'_> {
     pub(super) fn attention(&mut self, op: &Op) -> Result<(), EngineError> {
@@ -29,9 +29,10 @@ impl Lowering<'_> {
         check(shape)?;
         self.expect("attention", &[*qkv, *output], DType::BF16)?;
         let (tokens, d) = (self.rows(*qkv), shape.head_dim);
+        let room = Room { output: self.memory.spare(self.workload, *output), grad: 0 };
         let (output, log_sum_exp) = (self.address(*output), self.address(*log_sum_exp));
         let starts = self.address(*document_start);
-        let variant = forward_variant(self.card.capability, shape);
+        let variant = forward_variant(self.card.capability, shape, room);
         if hopper(self.card.capability, shape) {
             let map = TensorMap::new(&self.matrix(*qkv), 128)?;
             let section = query_section(shape, tokens);
@@ -66,20 +67,22 @@ impl Lowering<'_> {
         check(shape)?;
         self.expect("attention_backward", &[*grad_output, *qkv, *output, *grad_qkv], DType::BF16)?;
         let (tokens, d) = (self.rows(*qkv), shape.head_dim);
+        let spare = |id: BufferId| self.memory.spare(self.workload, id);
+        let room = Room { output: spare(*output), grad: spare(*grad_qkv) };
         let [grad_output_at, qkv_at, output, log_sum_exp, starts, ends, delta, grad_qkv] =
             [*grad_output, *qkv, *output, *log_sum_exp, *document_start, *document_end, *delta, *grad_qkv]
                 .map(|id| self.address(id));
         let count = tokens as i32;
 
         let [warps, block, passes] = backward_tiles(d);
-        let portable = backward_variant(shape);
+        let portable = backward_variant(shape, room);
         let lanes = (d / 8).next_power_of_two().max(8);
         let grid = [(tokens * shape.heads).div_ceil(256 / lanes), 1, 1];
         let arguments = arguments![delta, grad_output_at, output, count];
         self.launch_variant(&portable, "attention_delta", grid, 256, 0, arguments)?;
 
         if hopper(self.card.capability, shape) {
-            let hopper = variant("attention_backward_hopper", shape, &[]);
+            let hopper = variant("attention_backward_hopper", shape, room, &[]);
             let (qkv, grad_output) = (self.matrix(*qkv), self.matrix(*grad_output));
             let (qkv_128, qkv_64) = (TensorMap::new(&qkv, 128)?, TensorMap::new(&qkv, 64)?);
             let (grad_128, grad_64) = (TensorMap::new(&grad_output, 128)?, TensorMap::new(&grad_output, 64)?);
@@ -129,6 +132,7 @@ impl Lowering<'_> {
         }
         let (tokens, capacity) = (self.rows(qkv), self.rows(cache_key));
         let kv_columns = shape.kv_columns();
+        let output_stride = self.matrix(output).stride;
         let [qkv, cache_key, cache_value, start, output] =
             [qkv, cache_key, cache_value, start, output].map(|id| self.address(id));
         let arguments = arguments![
@@ -149,6 +153,7 @@ impl Lowering<'_> {
             cache_value,
             start,
             output,
+            output_stride as i64,
             shape.heads as i32,
             shape.kv_heads as i32,
             shape.head_dim as i32,
@@ -161,14 +166,25 @@ impl Lowering<'_> {
     }
 }
 
-/// Kernel files that an operation needs on a card of this compute capability.
-pub fn files(capability: (i32, i32), op: &Op) -> Vec<Variant> {
+/// Columns that rows have beyond their own: of the output, and of the gradient of queries, keys and values.
+#[derive(Clone, Copy)]
+struct Room {
+    output: usize,
+    grad: usize,
+}
+
+/// Kernel files that an operation of a plan needs on a card of this compute capability.
+pub fn files(capability: (i32, i32), plan: &Plan, op: &Op) -> Vec<Variant> {
+    let spare = |id: &BufferId| plan.spare.columns(&plan.workload, *id);
     match op {
-        Op::Attention { shape, .. } => vec![forward_variant(capability, shape)],
-        Op::AttentionBackward { shape, .. } if hopper(capability, shape) => {
-            vec![backward_variant(shape), variant("attention_backward_hopper", shape, &[])]
+        Op::Attention { output, shape, .. } => {
+            vec![forward_variant(capability, shape, Room { output: spare(output), grad: 0 })]
         }
-        Op::AttentionBackward { shape, .. } => vec![backward_variant(shape)],
+        Op::AttentionBackward { output, grad_qkv, shape, .. } => {
+            let room = Room { output: spare(output), grad: spare(grad_qkv) };
+            let hopper = hopper(capability, shape).then(|| variant("attention_backward_hopper", shape, room, &[]));
+            hopper.into_iter().chain([backward_variant(shape, room)]).collect()
+        }
         _ => Vec::new(),
     }
 }
@@ -178,16 +194,16 @@ fn hopper(capability: (i32, i32), shape: &AttentionShape) -> bool {
     capability == (9, 0) && matches!(shape.head_dim, 64 | 128)
 }
 
-fn forward_variant(capability: (i32, i32), shape: &AttentionShape) -> Variant {
+fn forward_variant(capability: (i32, i32), shape: &AttentionShape, room: Room) -> Variant {
     if hopper(capability, shape) {
-        return variant("attention_hopper", shape, &[]);
+        return variant("attention_hopper", shape, room, &[]);
     }
     let [warps, row_tiles, block_n] = forward_tiles(shape.head_dim);
-    variant("attention", shape, &[("WARPS", warps), ("ROW_TILES", row_tiles), ("BLOCK_N", block_n)])
+    variant("attention", shape, room, &[("WARPS", warps), ("ROW_TILES", row_tiles), ("BLOCK_N", block_n)])
 }
 
 /// The portable kernels; the first of them serves every card.
-fn backward_variant(shape: &AttentionShape) -> Variant {
+fn backward_variant(shape: &AttentionShape, room: Room) -> Variant {
     let [warps, block, passes] = backward_tiles(shape.head_dim);
     let sizes = [
         ("KEY_WARPS", warps),
@@ -196,7 +212,7 @@ fn backward_variant(shape: &AttentionShape) -> Variant {
         ("QUERY_WARPS", warps),
         ("QUERY_BLOCK_N", block),
     ];
-    variant("attention_backward", shape, &sizes)
+    variant("attention_backward", shape, room, &sizes)
 }
 
 /// Warps of a block, tiles of 16 rows of each, keys at a time.
@@ -220,7 +236,7 @@ fn check(shape: &AttentionShape) -> Result<(), EngineError> {
 }
 
 /// A file compiled for a shape: macros of `attention_shape.cuh`, then the file's own.
-fn variant(file: &'static str, shape: &AttentionShape, sizes: &[(&'static str, usize)]) -> Variant {
+fn variant(file: &'static str, shape: &AttentionShape, room: Room, sizes: &[(&'static str, usize)]) -> Variant {
     let mut defines: Vec<Define> = vec![
         ("HEADS", shape.heads.to_string()),
         ("KV_HEADS", shape.kv_heads.to_string()),
@@ -228,6 +244,8 @@ fn variant(file: &'static str, shape: &AttentionShape, sizes: &[(&'static str, u
         ("SCALE", format!("{:?}f", shape.scale)),
         ("WINDOW", shape.window.unwrap_or(0).to_string()),
         ("SOFTCAP", format!("{:?}f", shape.softcap.unwrap_or(0.0))),
+        ("OUTPUT_SPARE", room.output.to_string()),
+        ("GRAD_SPARE", room.grad.to_string()),
     ];
     defines.extend(sizes.iter().map(|(name, value)| (*name, value.to_string())));
     Variant { file, defines }

@@ -105,6 +105,7 @@ impl Lowering<'_> {
                 let entry = format!("glu_{width}_{}", activation_name(*activation));
                 let arguments = arguments![
                     self.address(*gate_up),
+                    self.matrix(*gate_up).stride as i64,
                     self.address(*output),
                     self.matrix(*output).stride as i64,
                     columns as i32,
@@ -118,7 +119,14 @@ impl Lowering<'_> {
                 let pointers = [*grad_output, *gate_up, *grad_gate_up].map(|id| self.address(id));
                 let width = vector(columns, &pointers);
                 let entry = format!("glu_backward_{width}_{}", activation_name(*activation));
-                let arguments = arguments![pointers[0], pointers[1], pointers[2], columns as i32];
+                let arguments = arguments![
+                    pointers[0],
+                    pointers[1],
+                    self.matrix(*gate_up).stride as i64,
+                    pointers[2],
+                    self.matrix(*grad_gate_up).stride as i64,
+                    columns as i32,
+                ];
                 let grid = [self.rows(*grad_output), columns.div_ceil(256 * width), 1];
                 self.launch("glu", &entry, grid, 256, arguments)
             }
@@ -206,7 +214,9 @@ impl Lowering<'_> {
             pointers[2],
             self.address(*inverse_rms),
             residual,
+            residual_grad.map_or(0, |id| self.matrix(id).stride) as i64,
             pointers[3],
+            self.matrix(*grad_input).stride as i64,
             columns as i32,
             *weight_offset,
         ];

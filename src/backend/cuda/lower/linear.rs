@@ -12,7 +12,7 @@ use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::{BufferId, DType, Lora, Projection, ProjectionBackward};
 
 /// `Some` joined matrix when `second` follows `first` in memory row by row.
-fn stacked(first: Matrix, second: Matrix) -> Option<Matrix> {
+pub(super) fn stacked(first: Matrix, second: Matrix) -> Option<Matrix> {
     let bytes = (first.rows * first.stride) as u64 * first.element_bytes();
     let fits = first.dtype == second.dtype
         && first.scale == second.scale
@@ -162,6 +162,13 @@ impl Lowering<'_> {
         self.expect("linear_backward", grad_input.as_slice(), DType::BF16)?;
         let x = self.matrix(input);
         let grad_input = grad_input.map(|id| self.matrix(id));
+        if let Some(grad_input) = grad_input
+            && let Some(below) = self.room_below(projections)
+        {
+            let outputs: Vec<BufferId> = projections.iter().map(|projection| projection.grad_output.buffer).collect();
+            self.expect("linear_backward", &outputs, DType::BF16)?;
+            return self.backward_with_branches(x, grad_input, projections, below);
+        }
         let mut branch_first = false;
         let plain = projections.iter().all(|p| p.lora.as_ref().is_some_and(|lora| lora.dropout.is_none()));
         if let Some(grad_input) = grad_input
@@ -254,13 +261,7 @@ impl Lowering<'_> {
         let scratch = self.memory.scratch.pointer;
         let mut parts = Vec::new();
         for (index, (weights, grad_output)) in groups.into_iter().enumerate() {
-            let columns = grad_input.columns;
-            let whole = !columns.is_multiple_of(64);
-            let fitting = self.memory.scratch.bytes as usize / (2 * grad_output.columns);
-            if whole && fitting < columns {
-                return Err(unsupported(format!("quantized weights with rows of {columns}, not a multiple of 64")));
-            }
-            let column_blocks = if whole { vec![(0, columns)] } else { blocks(columns, fitting, 64) };
+            let column_blocks = self.unpacked_columns(grad_output.columns, grad_input.columns)?;
             for (first, count) in column_blocks {
                 let unpacked = weights.iter().map(|&weight| (weight, first, count)).collect();
                 let right = Matrix::new(scratch, DType::BF16, grad_output.columns, count);
@@ -268,6 +269,16 @@ impl Lowering<'_> {
             }
         }
         Ok(parts)
+    }
+
+    /// Blocks of columns of unpacked weights with so many rows that fit the scratch: (first, count).
+    pub(super) fn unpacked_columns(&self, rows: usize, columns: usize) -> Result<Vec<(usize, usize)>, EngineError> {
+        let whole = !columns.is_multiple_of(64);
+        let fitting = self.memory.scratch.bytes as usize / (2 * rows);
+        if whole && fitting < columns {
+            return Err(unsupported(format!("quantized weights with rows of {columns}, not a multiple of 64")));
+        }
+        Ok(if whole { vec![(0, columns)] } else { blocks(columns, fitting, 64) })
     }
 
     /// `rows += columnsᵀ · x` for each pair, neighbours joined.

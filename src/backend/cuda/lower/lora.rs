@@ -2,12 +2,12 @@
 //! output in one pass over it in the backward pass (`kernels/lora.cu`).
 
 use super::Lowering;
-use super::linear::{Pair, blocks, forward_product, join, side_by_side_groups};
+use super::linear::{Pair, blocks, forward_product, join, side_by_side_groups, stacked};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::compile::Variant;
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
-use crate::program::spare::branch_columns;
+use crate::program::spare::{branch_columns, gradient_columns};
 use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Op, Projection, ProjectionBackward};
 
 /// Projections that a kernel of `lora.cu` takes at once.
@@ -96,6 +96,16 @@ impl Tiling {
     }
 }
 
+/// The factors of a product that gives the gradient of an input, branches included.
+pub(super) struct Below {
+    /// With columns to spare.
+    grad_output: Matrix,
+    /// Of all branches, below each other.
+    a: Matrix,
+    /// Of all projections, below each other, with rows to spare; none where they are unpacked.
+    weight: Option<Matrix>,
+}
+
 /// A projection's side of the backward pass.
 struct Branch {
     grad_output: Matrix,
@@ -123,7 +133,7 @@ impl Branch {
 impl Lowering<'_> {
     /// Columns beside input and weights in which the branches of a linear operation have their place, if they do.
     pub(super) fn room_beside(&self, input: BufferId, projections: &[Projection]) -> Option<usize> {
-        let columns = branch_columns(self.workload, input, projections)?;
+        let columns = branch_columns(self.workload, projections)?;
         let spare = |id: BufferId| self.memory.spare(self.workload, id);
         let unpacked = |id: BufferId| matches!(self.memory.stored(id), DType::Nf4 | DType::Int8);
         let weights = projections.iter().map(|projection| projection.weight);
@@ -280,38 +290,11 @@ impl Lowering<'_> {
         projections: &[ProjectionBackward],
         branch_first: bool,
     ) -> Result<(), EngineError> {
-        let adapted: Vec<(&ProjectionBackward, &LoraBackward)> = projections
-            .iter()
-            .filter_map(|projection| projection.lora.as_ref().map(|lora| (projection, lora)))
-            .collect();
-        let mut branches = Vec::new();
-        for (projection, lora) in &adapted {
-            let compute = [lora.a, lora.b, lora.middle.buffer, lora.grad_middle.buffer];
-            self.expect("linear_backward", &compute, DType::BF16)?;
-            self.expect("linear_backward", &[lora.grad_a, lora.grad_b], DType::F32)?;
-            branches.push(Branch {
-                grad_output: self.columns(projection.grad_output),
-                b: self.matrix(lora.b),
-                middle: self.columns(lora.middle),
-                grad_middle: self.columns(lora.grad_middle),
-                grad_b: self.matrix(lora.grad_b),
-                scale: self.address(lora.scale),
-            });
-        }
-        for branches in branches.chunks(MOST_PARTS) {
-            let sizes: Vec<_> = branches.iter().map(|branch| (branch.grad_output.columns, branch.rank())).collect();
-            let tiling = branches.iter().all(Branch::is_even).then(|| {
-                let workspace = self.products.workspace().1 as usize;
-                Tiling::new(x.rows, &sizes, self.card.multiprocessors as usize, self.card.shared_bytes, workspace)
-            });
-            match tiling.flatten() {
-                Some(tiling) => self.output_sums(branches, &tiling)?,
-                None => self.output_products(branches)?,
-            }
-        }
-        let plain: Vec<&LoraBackward> =
-            adapted.iter().map(|(_, lora)| *lora).filter(|lora| lora.dropout.is_none()).collect();
-        let pairs = plain.iter().map(|lora| (self.matrix(lora.grad_a), self.columns(lora.grad_middle))).collect();
+        let loras: Vec<&LoraBackward> = projections.iter().filter_map(|p| p.lora.as_ref()).collect();
+        let middles: Vec<Matrix> = loras.iter().map(|lora| self.columns(lora.grad_middle)).collect();
+        self.branch_sums(projections, &middles)?;
+        let plain = loras.iter().zip(middles).filter(|(lora, _)| lora.dropout.is_none());
+        let pairs = plain.map(|(lora, middle)| (self.matrix(lora.grad_a), middle)).collect();
         self.weight_gradients(x, pairs)?;
         if let Some(grad_input) = grad_input {
             for branch in self.grad_input_branches(grad_input, projections) {
@@ -319,9 +302,123 @@ impl Lowering<'_> {
                 self.product(Product { accumulate, ..branch })?;
             }
         }
-        for (_, lora) in adapted {
+        for lora in loras {
             if let Some(dropout) = lora.dropout {
                 self.dropped_backward(x, grad_input, lora, dropout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The factors of `grad_input = [grad_output | g] · [weight; a]`, where there is room for the branches beside them.
+    pub(super) fn room_below(&self, projections: &[ProjectionBackward]) -> Option<Below> {
+        gradient_columns(self.workload, projections)?;
+        let grad_output = self.matrix(projections.first()?.grad_output.buffer);
+        let loras = projections.iter().filter_map(|projection| projection.lora.as_ref());
+        let mut a = loras.map(|lora| self.matrix(lora.a));
+        let first = a.next()?;
+        let a = a.try_fold(first, stacked)?;
+        let columns = grad_output.columns + a.rows;
+        let mut weights = projections.iter().map(|projection| projection.weight);
+        let unpacked = |id: BufferId| matches!(self.memory.stored(id), DType::Nf4 | DType::Int8);
+        let weight = if weights.clone().all(unpacked) {
+            None
+        } else {
+            let first = self.matrix(weights.next()?);
+            let whole = weights.try_fold(first, |whole, id| stacked(whole, self.matrix(id)))?;
+            let last = projections.last()?.weight;
+            Some((self.memory.spare_rows(last) >= a.rows).then_some(whole)?)
+        };
+        (columns <= grad_output.stride).then_some(Below { grad_output, a, weight })
+    }
+
+    /// All gradients of a linear operation of which only branches are trained, with `g` beside the gradient of the output and
+    /// `a` below the weight.
+    pub(super) fn backward_with_branches(
+        &mut self,
+        x: Matrix,
+        grad_input: Matrix,
+        projections: &[ProjectionBackward],
+        below: Below,
+    ) -> Result<(), EngineError> {
+        let Below { grad_output, a, weight } = below;
+        let longer = Matrix { columns: grad_output.columns + a.rows, ..grad_output };
+        let loras: Vec<&LoraBackward> = projections.iter().filter_map(|p| p.lora.as_ref()).collect();
+        let mut next = grad_output.columns;
+        let middles: Vec<Matrix> = loras
+            .iter()
+            .map(|lora| {
+                let middle = longer.slice_columns(next, lora.middle.width);
+                next += lora.middle.width;
+                middle
+            })
+            .collect();
+        self.branch_sums(projections, &middles)?;
+        self.weight_gradients(x, loras.iter().map(|lora| self.matrix(lora.grad_a)).zip(middles).collect())?;
+        let product = |right: Matrix, output: Matrix| Product {
+            left: longer,
+            left_transposed: false,
+            right,
+            right_transposed: false,
+            output,
+            alpha: Alpha::One,
+            accumulate: false,
+        };
+        let rows = grad_output.columns;
+        if let Some(weight) = weight {
+            let longer = Matrix { rows: rows + a.rows, ..weight };
+            self.place_below(a, longer.slice_rows(rows, a.rows))?;
+            return self.product(product(longer, grad_input));
+        }
+        for (first, count) in self.unpacked_columns(longer.columns, grad_input.columns)? {
+            let block = Matrix::new(self.memory.scratch.pointer, DType::BF16, longer.columns, count);
+            let mut start = 0;
+            for projection in projections {
+                let own = self.rows(projection.weight);
+                let to = block.slice_rows(start, own).pointer;
+                self.unpack(projection.weight, (0, own), (first, count), (to, count))?;
+                start += own;
+            }
+            self.place_below(a.slice_columns(first, count), block.slice_rows(rows, a.rows))?;
+            self.product(product(block, grad_input.slice_columns(first, count)))?;
+        }
+        Ok(())
+    }
+
+    fn place_below(&mut self, a: Matrix, to: Matrix) -> Result<(), EngineError> {
+        let arguments =
+            arguments![a.pointer, a.stride as i64, to.pointer, to.stride as i64, a.rows as i32, a.columns as i32];
+        let grid = [(a.rows * a.columns / 8).div_ceil(256), 1, 1];
+        self.launch_variant(&variant(a.rows), "lora_below", grid, 256, 0, arguments)
+    }
+
+    /// `middles = scale · grad_output · b` and the gradients of b.
+    fn branch_sums(&mut self, projections: &[ProjectionBackward], middles: &[Matrix]) -> Result<(), EngineError> {
+        let adapted = projections.iter().filter_map(|p| p.lora.as_ref().map(|lora| (p.grad_output, lora)));
+        let mut branches = Vec::new();
+        for ((grad_output, lora), &grad_middle) in adapted.zip(middles) {
+            let compute = [lora.a, lora.b, lora.middle.buffer, lora.grad_middle.buffer];
+            self.expect("linear_backward", &compute, DType::BF16)?;
+            self.expect("linear_backward", &[lora.grad_a, lora.grad_b], DType::F32)?;
+            branches.push(Branch {
+                grad_output: self.columns(grad_output),
+                b: self.matrix(lora.b),
+                middle: self.columns(lora.middle),
+                grad_middle,
+                grad_b: self.matrix(lora.grad_b),
+                scale: self.address(lora.scale),
+            });
+        }
+        for branches in branches.chunks(MOST_PARTS) {
+            let sizes: Vec<_> = branches.iter().map(|branch| (branch.grad_output.columns, branch.rank())).collect();
+            let rows = branches[0].grad_output.rows;
+            let tiling = branches.iter().all(Branch::is_even).then(|| {
+                let workspace = self.products.workspace().1 as usize;
+                Tiling::new(rows, &sizes, self.card.multiprocessors as usize, self.card.shared_bytes, workspace)
+            });
+            match tiling.flatten() {
+                Some(tiling) => self.output_sums(branches, &tiling)?,
+                None => self.output_products(branches)?,
             }
         }
         Ok(())
