@@ -5,6 +5,9 @@
 // INT8: code · scale of the row.
 //
 //   EIGHTS  everything is in eights, of which a thread takes four at once; WORDS  the output is f16, written as words of two
+//
+// A scale of NF4 is three reads, each of which waits for the one before: in eights a group of threads reads those of its 8,192
+// elements once.
 fn byte(start: u32, i: u32) -> u32 {
   return (weight_get(start + i / 4u) >> ((i % 4u) * 8u)) & 255u;
 }
@@ -18,6 +21,10 @@ fn scale(element: u32) -> f32 {
   return offset + table_get(byte(p.scales, block)) * bitcast<f32>(weight_get(p.group_scales + block / 256u));
 }
 var<workgroup> level: array<f32, 16>;
+#if EIGHTS
+// One more where the first element is not the first of its block.
+var<workgroup> scales: array<f32, 129>;
+#end
 #end
 
 fn code(word: u32, shift: u32) -> f32 {
@@ -29,26 +36,7 @@ fn code(word: u32, shift: u32) -> f32 {
 }
 
 #if EIGHTS
-struct Codes { words: vec2<u32>, scale: f32 }
-
-fn codes(element: u32) -> Codes {
-#if INT8
-  return Codes(vec2<u32>(weight_get(element / 4u), weight_get(element / 4u + 1u)), scale(element));
-#else
-  return Codes(vec2<u32>(weight_get(element / 8u), 0u), scale(element));
-#end
-}
-
-fn put8(i: u32, c: Codes) {
-  let w = c.words.x;
-#if INT8
-  let v = c.words.y;
-  let low = c.scale * vec4<f32>(code(w, 0u), code(w, 8u), code(w, 16u), code(w, 24u));
-  let high = c.scale * vec4<f32>(code(v, 0u), code(v, 8u), code(v, 16u), code(v, 24u));
-#else
-  let low = c.scale * vec4<f32>(code(w, 4u), code(w, 0u), code(w, 12u), code(w, 8u));
-  let high = c.scale * vec4<f32>(code(w, 20u), code(w, 16u), code(w, 28u), code(w, 24u));
-#end
+fn put8(i: u32, low: vec4<f32>, high: vec4<f32>) {
 #if WORDS
   output[i / 8u] = vec4<u32>(pack2x16float(low.xy), pack2x16float(low.zw), pack2x16float(high.xy), pack2x16float(high.zw));
 #else
@@ -56,6 +44,18 @@ fn put8(i: u32, c: Codes) {
   output_put4(i + 4u, high);
 #end
 }
+
+#if INT8
+fn unpack8(i: u32, v: u32, w: u32, s: f32) {
+  put8(i, s * vec4<f32>(code(v, 0u), code(v, 8u), code(v, 16u), code(v, 24u)),
+       s * vec4<f32>(code(w, 0u), code(w, 8u), code(w, 16u), code(w, 24u)));
+}
+#else
+fn unpack8(i: u32, w: u32, s: f32) {
+  put8(i, s * vec4<f32>(code(w, 4u), code(w, 0u), code(w, 12u), code(w, 8u)),
+       s * vec4<f32>(code(w, 20u), code(w, 16u), code(w, 28u), code(w, 24u)));
+}
+#end
 #end
 
 @compute @workgroup_size(256)
@@ -66,21 +66,33 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   workgroupBarrier();
 #end
 #if EIGHTS
-  // Four at a time: a scale is three reads, each of which waits for the one before.
-  let apart = groups.x * 2048u;
   let last = p.count - 8u;
-  for (var i = (group.x * 256u + thread) * 8u; i < p.count; i += 4u * apart) {
-    let second = i + apart;
-    let third = second + apart;
-    let fourth = third + apart;
-    let c = codes(p.first + i);
-    let d = codes(p.first + min(second, last));
-    let e = codes(p.first + min(third, last));
-    let f = codes(p.first + min(fourth, last));
-    put8(i, c);
-    if (second < p.count) { put8(second, d); }
-    if (third < p.count) { put8(third, e); }
-    if (fourth < p.count) { put8(fourth, f); }
+  for (var start = group.x * 8192u; start < p.count; start += groups.x * 8192u) {
+    let i = start + thread * 8u;
+    let second = i + 2048u;
+    let third = i + 4096u;
+    let fourth = i + 6144u;
+    let e = (p.first + vec4<u32>(min(i, last), min(second, last), min(third, last), min(fourth, last)));
+#if INT8
+    let v = vec4<u32>(weight_get(e.x / 4u), weight_get(e.y / 4u), weight_get(e.z / 4u), weight_get(e.w / 4u));
+    let w = vec4<u32>(weight_get(e.x / 4u + 1u), weight_get(e.y / 4u + 1u), weight_get(e.z / 4u + 1u), weight_get(e.w / 4u + 1u));
+    let s = vec4<f32>(scale(e.x), scale(e.y), scale(e.z), scale(e.w));
+    if (i < p.count) { unpack8(i, v.x, w.x, s.x); }
+    if (second < p.count) { unpack8(second, v.y, w.y, s.y); }
+    if (third < p.count) { unpack8(third, v.z, w.z, s.z); }
+    if (fourth < p.count) { unpack8(fourth, v.w, w.w, s.w); }
+#else
+    let w = vec4<u32>(weight_get(e.x / 8u), weight_get(e.y / 8u), weight_get(e.z / 8u), weight_get(e.w / 8u));
+    let block = (p.first + start) / 64u;
+    if (thread < 129u && (block + thread) * 64u < p.first + p.count) { scales[thread] = scale((block + thread) * 64u); }
+    workgroupBarrier();
+    if (i < p.count) { unpack8(i, w.x, scales[e.x / 64u - block]); }
+    if (second < p.count) { unpack8(second, w.y, scales[e.y / 64u - block]); }
+    if (third < p.count) { unpack8(third, w.z, scales[e.z / 64u - block]); }
+    if (fourth < p.count) { unpack8(fourth, w.w, scales[e.w / 64u - block]); }
+    // The next scales come when all have read these.
+    workgroupBarrier();
+#end
   }
 #else
   for (var i = group.x * 256u + thread; i < p.count; i += groups.x * 256u) {
