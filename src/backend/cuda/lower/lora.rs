@@ -7,7 +7,7 @@ use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::compile::Variant;
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
-use crate::program::spare::{branch_columns, gradient_columns};
+use crate::program::spare::{branch_columns, gradient_ranks};
 use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Op, Projection, ProjectionBackward};
 
 /// Projections that a kernel of `lora.cu` takes at once.
@@ -312,7 +312,7 @@ impl Lowering<'_> {
 
     /// The factors of `grad_input = [grad_output | g] · [weight; a]`, where there is room for the branches beside them.
     pub(super) fn room_below(&self, projections: &[ProjectionBackward]) -> Option<Below> {
-        gradient_columns(self.workload, projections)?;
+        gradient_ranks(self.workload, projections)?;
         let grad_output = self.matrix(projections.first()?.grad_output.buffer);
         let loras = projections.iter().filter_map(|projection| projection.lora.as_ref());
         let mut a = loras.map(|lora| self.matrix(lora.a));
