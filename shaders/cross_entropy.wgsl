@@ -2,8 +2,8 @@
 // losses[t] = logsumexp(z) - z[target], 0 without a target;
 // GRADIENT: logits = factor · token_weights[t] · (softmax(z) - onehot) · softcap'(logits), in place; `factor` is the
 // loss scale, or with HALF_GRADIENT a fixed number: f16 gradients carry factor / loss scale until they reach a parameter.
-var<workgroup> maxima: array<f32, 256>;
-var<workgroup> sums: array<f32, 256>;
+const THREADS = 256u;
+#include workgroup_reduce
 
 fn capped(x: f32) -> f32 {
 #if SOFTCAP
@@ -13,21 +13,20 @@ fn capped(x: f32) -> f32 {
 #end
 }
 
-@compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-  let token = p.first_token + group.x;
-  let row = group.x * p.vocabulary;
+fn run(group: u32, groups: u32, thread: u32) {
+  let token = p.first_token + group;
+  let row = group * p.vocabulary;
   let label = targets_get(token);
   if (label < 0) {
     if (thread == 0u) { losses_put(token, 0.0); }
 #if GRADIENT
-    for (var i = thread; i < p.vocabulary; i += 256u) { logits_put(row + i, 0.0); }
+    for (var i = thread; i < p.vocabulary; i += THREADS) { logits_put(row + i, 0.0); }
 #end
     return;
   }
   var highest = -3.0e38;
   var sum = 0.0;
-  for (var i = thread; i < p.vocabulary; i += 256u) {
+  for (var i = thread; i < p.vocabulary; i += THREADS) {
     let z = capped(logits_get(row + i));
     if (z > highest) {
       sum = sum * exp(highest - z) + 1.0;
@@ -36,20 +35,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       sum += exp(z - highest);
     }
   }
-  maxima[thread] = highest;
-  sums[thread] = sum;
-  workgroupBarrier();
-  for (var half = 128u; half > 0u; half /= 2u) {
-    if (thread < half) {
-      let a = maxima[thread];
-      let b = maxima[thread + half];
-      let both = max(a, b);
-      sums[thread] = sums[thread] * exp(a - both) + sums[thread + half] * exp(b - both);
-      maxima[thread] = both;
-    }
-    workgroupBarrier();
-  }
-  let total = maxima[0] + log(sums[0]);
+  let top = workgroup_max(highest, thread);
+  let total = top + log(workgroup_sum(sum * exp(highest - top), thread));
   let correct = capped(logits_get(row + u32(label)));
   if (thread == 0u) { losses_put(token, total - correct); }
 #if GRADIENT
@@ -60,7 +47,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #else
   let factor = scale_get(0u) * token_weights_get(token);
 #end
-  for (var i = thread; i < p.vocabulary; i += 256u) {
+  for (var i = thread; i < p.vocabulary; i += THREADS) {
     let z = capped(logits_get(row + i));
     var d = exp(z - total);
     if (i == u32(label)) { d -= 1.0; }

@@ -1,13 +1,13 @@
 // x = input + residual, kept in `sum` (without a residual x = input);
 // inverse_rms = 1 / √(mean(x²) + epsilon); output = x · inverse_rms · (weight_offset + weight).
 // (Zhang & Sennrich 2019, arXiv 1910.07467). One workgroup a row.
-var<workgroup> sums: array<f32, 128>;
+const THREADS = 128u;
+#include workgroup_reduce
 
-@compute @workgroup_size(128)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-  let base = group.x * p.columns;
+fn run(group: u32, groups: u32, thread: u32) {
+  let base = group * p.columns;
   var square = 0.0;
-  for (var column = thread; column < p.columns; column += 128u) {
+  for (var column = thread; column < p.columns; column += THREADS) {
     var x = input_get(base + column);
 #if RESIDUAL
     x += residual_get(base + column);
@@ -16,15 +16,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
     square += x * x;
   }
-  sums[thread] = square;
-  workgroupBarrier();
-  for (var half = 64u; half > 0u; half /= 2u) {
-    if (thread < half) { sums[thread] += sums[thread + half]; }
-    workgroupBarrier();
-  }
-  let inverse = 1.0 / sqrt(sums[0] / f32(p.columns) + p.epsilon);
-  if (thread == 0u) { inverse_rms_put(group.x, inverse); }
-  for (var column = thread; column < p.columns; column += 128u) {
+  let total = workgroup_sum(square, thread);
+  let inverse = 1.0 / sqrt(total / f32(p.columns) + p.epsilon);
+  if (thread == 0u) { inverse_rms_put(group, inverse); }
+  for (var column = thread; column < p.columns; column += THREADS) {
 #if RESIDUAL
     let x = sum_get(base + column);
 #else

@@ -102,7 +102,7 @@ assert cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
 assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0 and cuda.cuCtxSetCurrent(context) == 0
 free, total = ctypes.c_size_t(), ctypes.c_size_t()
 taken, piece = 0, 16 << 30
-while piece >= 2 << 20:
+while piece >= 1 << 16:
     assert cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
     leaves = free.value - piece >= int(sys.argv[3]) << 20
     if leaves and cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(piece)) == 0:
@@ -170,6 +170,9 @@ PYTHON
         timeout 120 .gpu/tune wait "$id" >"$work/crowded.wait" 2>&1
         code=$?
         echo "  beside a process with $(($(cat "$work/taken") >> 20)) MiB the run ended with $code: $(tail -1 "$events" | cut -c1-160)"
+        # What the run has left is taken too.
+        give_back
+        take 0 || return 1
         timeout 120 .gpu/tune resume "$id" >"$work/crowded.refused" 2>&1
         code=$?
         echo "  started there it ended with $code: $(grep -iE 'memory|needs' "$work/crowded.refused" | tail -1 | cut -c1-200)"

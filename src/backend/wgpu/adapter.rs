@@ -315,6 +315,17 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
     })
 }
 
+/// Why an adapter gave no device. Drivers call a device whose memory others hold lost before it was there.
+pub(super) fn would_not_open(adapter: &str, error: &str) -> EngineError {
+    let what = format!("{adapter} would not open: {error}");
+    let words = error.to_lowercase();
+    if words.contains("lost") || words.contains("memory") {
+        let what = format!("{what}; drivers say so where other programs hold all of its memory");
+        return EngineError::OutOfMemory { engine: ENGINE, what };
+    }
+    EngineError::Device { engine: ENGINE, what }
+}
+
 /// The first thing that went wrong on a device, kept until it is asked for.
 #[derive(Clone, Default)]
 pub(super) struct Failure(Arc<Mutex<Option<(bool, String)>>>);
@@ -357,6 +368,7 @@ pub(super) struct Gpu {
     pub info: wgpu::AdapterInfo,
     pub limits: wgpu::Limits,
     pub f16: bool,
+    pub subgroups: bool,
     pub cooperative: bool,
     pub failure: Failure,
     pub compiled: Mutex<HashMap<Kernel, Arc<Compiled>>>,
@@ -402,10 +414,7 @@ impl Gpu {
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             trace: wgpu::Trace::Off,
         }))
-        .map_err(|error| EngineError::Device {
-            engine: ENGINE,
-            what: format!("{} would not open: {error}", adapter.get_info().name),
-        })?;
+        .map_err(|error| would_not_open(&adapter.get_info().name, &error.to_string()))?;
         let failure = Failure::default();
         let uncaptured = failure.clone();
         device.on_uncaptured_error(Arc::new(move |error| match error {
@@ -428,6 +437,7 @@ impl Gpu {
             info,
             limits,
             f16,
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
             cooperative,
             failure,
             compiled,

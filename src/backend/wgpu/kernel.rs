@@ -126,6 +126,7 @@ shaders!(
     "rms_norm",
     "rms_norm_backward",
     "rope",
+    "workgroup_reduce",
     "zero",
 );
 

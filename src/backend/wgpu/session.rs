@@ -140,6 +140,7 @@ impl WgpuSession {
             software,
             measures,
             f16: gpu.f16,
+            subgroups: gpu.subgroups,
             cooperative: gpu.cooperative,
             binding: binding_limit(&gpu.limits),
             workgroup_bytes: gpu.limits.max_compute_workgroup_storage_size,
@@ -579,5 +580,10 @@ mod tests {
         let failure = super::super::adapter::Failure::default();
         failure.lost("Out of memory");
         assert!(matches!(failure.check(), Err(EngineError::OutOfMemory { .. })));
+        // As NVIDIA's Vulkan driver says it of a card that another process has filled.
+        let full = super::super::adapter::would_not_open("NVIDIA H200", "Parent device is lost");
+        assert!(matches!(&full, EngineError::OutOfMemory { what, .. } if what.contains("other programs")), "{full}");
+        let other = super::super::adapter::would_not_open("NVIDIA H200", "Limit exceeded");
+        assert!(matches!(other, EngineError::Device { .. }));
     }
 }

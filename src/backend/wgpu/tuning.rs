@@ -446,6 +446,7 @@ mod tests {
         let target = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
         let facts = Facts {
             f16: true,
+            subgroups: true,
             cooperative: true,
             binding: 1 << 30,
             workgroup_bytes: 48 << 10,

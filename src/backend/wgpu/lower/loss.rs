@@ -42,7 +42,7 @@ impl Lowering<'_> {
                 let part = self.unpacked(&part)?;
                 self.product(&Product::new(Layout::NT, chunk_input, part, columns))?;
             }
-            let mut call = self.call("cross_entropy");
+            let mut call = self.reducing("cross_entropy");
             call.flag("GRADIENT", gradient).flag("HALF_GRADIENT", half);
             self.bind(&mut call, "logits", &logits);
             self.bind(&mut call, "targets", &targets);
@@ -77,7 +77,7 @@ impl Lowering<'_> {
                 }
             }
         }
-        let mut call = self.call("loss_sum");
+        let mut call = self.reducing("loss_sum");
         self.bind(&mut call, "losses", &losses);
         self.bind(&mut call, "token_weights", &token_weights);
         self.bind(&mut call, "scale", &scale);

@@ -25,6 +25,8 @@ use crate::program::{BufferId, DType, Op, Plan};
 pub struct Facts {
     /// Half-precision storage and arithmetic.
     pub f16: bool,
+    /// Sums and largest values over a subgroup at once.
+    pub subgroups: bool,
     /// 16x16x16 products of f16 summed in f32.
     pub cooperative: bool,
     /// Largest binding, bytes.
@@ -185,6 +187,13 @@ impl<'a> Lowering<'a> {
             missing: None,
             iterations: 0,
         }
+    }
+
+    /// Of a shader that sums over its workgroup (workgroup_reduce.wgsl).
+    pub(super) fn reducing(&self, file: &'static str) -> Call {
+        let mut call = self.call(file);
+        call.flag("SUBGROUPS", self.facts.subgroups);
+        call
     }
 
     pub(super) fn launch(&mut self, call: Call, grid: [usize; 3]) -> Result<(), EngineError> {

@@ -45,14 +45,14 @@ impl Lowering<'_> {
                 let mut first = 0;
                 for [range] in ranges {
                     let count = norm_groups(range.stride);
-                    let mut call = self.call("gradient_norm");
+                    let mut call = self.reducing("gradient_norm");
                     self.bind(&mut call, "gradient", &range);
                     self.bind(&mut call, "parts", &parts);
                     call.number("count", range.stride).number("first_part", first);
                     self.launch(call, [count, 1, 1])?;
                     first += count;
                 }
-                let mut call = self.call("gradient_norm_total");
+                let mut call = self.reducing("gradient_norm_total");
                 self.bind(&mut call, "parts", &parts);
                 self.bind(&mut call, "norm", &self.view(*norm));
                 call.number("count", total);

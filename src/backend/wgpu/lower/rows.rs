@@ -39,7 +39,7 @@ impl Lowering<'_> {
             }
             Op::RmsNorm { input, residual, sum, weight, output, inverse_rms, epsilon, weight_offset } => {
                 let input = self.view(*input);
-                let mut call = self.call("rms_norm");
+                let mut call = self.reducing("rms_norm");
                 self.bind(&mut call, "input", &input);
                 if let (Some(residual), Some(sum)) = (residual, sum) {
                     call.constant("RESIDUAL", 1);
@@ -67,7 +67,7 @@ impl Lowering<'_> {
                     let grad_weight = self.view(*grad_weight);
                     self.column_sum(&grad, Some((&input, &inverse)), &grad_weight)?;
                 }
-                let mut call = self.call("rms_norm_backward");
+                let mut call = self.reducing("rms_norm_backward");
                 self.bind(&mut call, "grad_output", &grad);
                 self.bind(&mut call, "input", &input);
                 self.bind(&mut call, "weight", &self.view(*weight));
