@@ -10,7 +10,8 @@ use tune::model::{Method, TrainingOptions, training_workload};
 use tune::program::plan::plan;
 use tune::program::{BufferId, DType, Op, Workload};
 
-use super::{Noise, config, method, options, set_up};
+use super::shapes::config;
+use super::{Noise, method, options, set_up};
 
 const BATCH: usize = 2;
 const SEQUENCE: usize = 2048;

@@ -10,6 +10,7 @@
 //! Prints one line of JSON; with `profile`, milliseconds and floor by kind of operation before it.
 
 mod kernels;
+mod shapes;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,25 +25,6 @@ use tune::program::plan::{estimate_op, plan};
 use tune::program::{BufferId, DType, Kind, Op, Plan, Role, Target, WorkloadBuilder, random};
 use tune::train::Stepper;
 use tune::train::planning::{RecomputeChoice, Search, update_tokens};
-
-fn config(model: &str) -> anyhow::Result<ModelConfig> {
-    let (hidden, intermediate, layers, heads, kv_heads, vocabulary, tied) = match model {
-        "135m" => (576, 1536, 30, 9, 3, 49152, true),
-        "1b" => (2048, 8192, 16, 32, 8, 128256, true),
-        "8b" => (4096, 14336, 32, 32, 8, 128256, false),
-        _ => bail!("MODEL is 135m, 1b or 8b"),
-    };
-    let json = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": hidden / heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": tied, "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-    });
-    let mut config = ModelConfig::parse(&json.to_string())?;
-    config.dtype = DType::BF16;
-    Ok(config)
-}
 
 /// Uniform bf16 numbers, one stretch of memory for all tensors; norms are ones.
 struct Noise {
@@ -142,7 +124,7 @@ fn main() -> anyhow::Result<()> {
         gib => Some(gib.parse().with_context(|| format!("{gib} is not none, cheap, all, free or a number of GiB"))?),
     };
     let profile = rest.iter().any(|word| word == "profile");
-    let config = config(model)?;
+    let config = shapes::config(model)?;
     let (kind, rank) = method.split_once('@').unwrap_or((method, "16"));
     let training = self::method(kind, rank.parse()?)?;
     let rows = sequence == "rows";

@@ -6,6 +6,8 @@
 //! kernel. Rows of `products` are `square`, `long`, `nf4`, `lora` and `small`; `step` takes 135m, 1b or 8b (Llama shapes,
 //! random weights), LoRA of rank 16 on all linear layers or every weight, packed rows of full length.
 
+mod shapes;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,7 +15,7 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use half::{bf16, f16};
 use tune::backend::{EngineError, Session, Tensor, WeightSource, cpu, inspect, wgpu};
-use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
+use tune::model::{AdapterOptions, Method, Recompute, TrainingOptions, names, training_workload};
 use tune::program::plan::plan;
 use tune::program::{
     Access, AttentionShape, BufferId, Columns, DType, Kind, Lora, LoraBackward, Op, Projection, ProjectionBackward,
@@ -425,25 +427,6 @@ fn attention(options: &wgpu::Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn config(model: &str) -> anyhow::Result<ModelConfig> {
-    let (hidden, intermediate, layers, heads, kv_heads, vocabulary, tied) = match model {
-        "135m" => (576, 1536, 30, 9, 3, 49152, true),
-        "1b" => (2048, 8192, 16, 32, 8, 128256, true),
-        "8b" => (4096, 14336, 32, 32, 8, 128256, false),
-        _ => bail!("MODEL is 135m, 1b or 8b"),
-    };
-    let json = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": hidden / heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": tied, "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-    });
-    let mut config = ModelConfig::parse(&json.to_string())?;
-    config.dtype = DType::BF16;
-    Ok(config)
-}
-
 #[allow(clippy::too_many_arguments)]
 fn step(
     engine: &wgpu::Options,
@@ -454,7 +437,7 @@ fn step(
     recompute: Recompute,
     words: &[&str],
 ) -> anyhow::Result<()> {
-    let config = config(model)?;
+    let config = shapes::config(model)?;
     let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
     let tokens = batch * sequence;
     let method = ["qlora", "full"].into_iter().find(|name| words.contains(name)).unwrap_or("lora");
