@@ -64,7 +64,7 @@ fn fix(yes: bool) -> anyhow::Result<u8> {
         println!("there is nothing to bring; `tune doctor` says what is missing");
         return Ok(exit::DONE);
     };
-    let command = fix.command.join(" ");
+    let command = shell_words::join(&fix.command);
     println!("{}\n  {command}", fix.about);
     let Some((program, rest)) = fix.command.split_first().filter(|_| fix.runnable) else {
         return Err(

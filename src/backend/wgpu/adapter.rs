@@ -71,6 +71,17 @@ pub struct AdapterReport {
     pub workgroup_bytes: u32,
 }
 
+/// Keeps a layer of Mesa's from loading that puts a desktop's own device first: this engine has an order of its own, and
+/// where there is no desktop the layer complains on standard error at every look. For the start of a program; it does
+/// nothing once there are threads.
+pub fn quiet_layers() {
+    let alone = std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1);
+    if alone {
+        // SAFETY: no other thread is there to read the environment meanwhile.
+        unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
+    }
+}
+
 fn instance() -> &'static wgpu::Instance {
     static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
     INSTANCE.get_or_init(|| {
