@@ -237,4 +237,22 @@ mod tests {
             assert!(found.iter().any(|found| format!("{} {}", found.key, found.candidate).contains(part)), "no {part}");
         }
     }
+    #[test]
+    fn sums_by_subgroups_agree_with_those_by_halves() {
+        let found = candidates(|builder| {
+            let mut buffer = |name: &str, shape: &[usize], dtype| builder.persistent(name, shape, dtype, Kind::Output);
+            // Columns that fill the last round of a workgroup in part.
+            let (rows, columns) = (5, 328);
+            let input = buffer("input", &[rows, columns], DType::F16);
+            let output = buffer("output", &[rows, columns], DType::F16);
+            let weight = buffer("weight", &[columns], DType::F32);
+            let inverse_rms = buffer("inverse_rms", &[rows], DType::F32);
+            let (residual, sum, epsilon, weight_offset) = (None, None, 1e-5, 0.0);
+            vec![Op::RmsNorm { input, residual, sum, weight, output, inverse_rms, epsilon, weight_offset }]
+        });
+        let names: Vec<&str> = found.iter().map(|found| found.candidate.as_str()).collect();
+        assert_eq!(names, ["halves", "subgroups"]);
+        let fine = |found: &Measurement| !matches!(found.verdict, Verdict::Refused | Verdict::Differs(_));
+        assert!(found.iter().all(fine), "{found:#?}");
+    }
 }

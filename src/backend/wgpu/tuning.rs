@@ -261,7 +261,7 @@ impl Bench<'_> {
                 let views = [product.a, product.b].into_iter().chain(second.into_iter().flatten()).chain(product.bias);
                 return views.into_iter().try_for_each(|view| self.fill(&view));
             }
-            Work::Attention(op) => op,
+            Work::Attention(op) | Work::Norm(op) => op,
         };
         let view = |id: &BufferId| self.storage.view(*id);
         let (start, end) = match op.as_ref() {
@@ -274,6 +274,9 @@ impl Bench<'_> {
                 let sums = view(log_sum_exp);
                 self.write(&sums, &vec![4.0f32; sums.elements()]);
                 (view(document_start), view(document_end))
+            }
+            Op::RmsNorm { input, residual, weight, .. } => {
+                return residual.iter().chain([input, weight]).try_for_each(|id| self.fill(&view(id)));
             }
             _ => return Ok(()),
         };

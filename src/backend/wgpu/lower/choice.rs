@@ -25,7 +25,14 @@ pub struct Question {
 pub enum Work {
     Product(Box<Product>),
     Attention(Box<Op>),
+    /// RMSNorm, for all that sums over a workgroup.
+    Norm(Box<Op>),
 }
+
+/// How shaders sum over a workgroup (workgroup_reduce.wgsl), and the two ways.
+const SUMS: &str = "sums over a workgroup";
+const HALVES: &str = "halves";
+const SUBGROUPS: &str = "subgroups";
 
 impl Lowering<'_> {
     /// The candidate chosen for `key`: by measurement if there was one, else the default.
@@ -54,8 +61,21 @@ impl Lowering<'_> {
     pub fn work(&mut self, work: &Work) -> Result<(), EngineError> {
         match work {
             Work::Product(product) => self.product(product),
-            Work::Attention(op) => self.op(op),
+            Work::Attention(op) | Work::Norm(op) => self.op(op),
         }
+    }
+
+    /// Asks for the way to sum over workgroups where there are two, which a norm is measured and compared for.
+    pub(super) fn choose_sums(&mut self, norm: &Op) {
+        if self.facts.subgroups {
+            let candidates = vec![HALVES.to_string(), SUBGROUPS.to_string()];
+            self.choose(SUMS.into(), candidates, 1, || Work::Norm(Box::new(norm.clone())));
+        }
+    }
+
+    /// Whether sums over workgroups go through subgroups: where the adapter has them and they did not lose.
+    pub(super) fn sums_by_subgroups(&self) -> bool {
+        self.facts.subgroups && self.choices.get(SUMS).is_none_or(|name| name == SUBGROUPS)
     }
 
     /// Where the result of a question's work lies.
@@ -66,6 +86,10 @@ impl Lowering<'_> {
                 Op::Attention { output, .. } => self.view(*output),
                 Op::AttentionBackward { grad_qkv, .. } => self.view(*grad_qkv),
                 _ => unreachable!("not attention of training"),
+            },
+            Work::Norm(op) => match op.as_ref() {
+                Op::RmsNorm { output, .. } => self.view(*output),
+                _ => unreachable!("not a norm"),
             },
         }
     }

@@ -192,7 +192,7 @@ impl<'a> Lowering<'a> {
     /// Of a shader that sums over its workgroup (workgroup_reduce.wgsl).
     pub(super) fn reducing(&self, file: &'static str) -> Call {
         let mut call = self.call(file);
-        call.flag("SUBGROUPS", self.facts.subgroups);
+        call.flag("SUBGROUPS", self.sums_by_subgroups());
         call
     }
 

@@ -38,6 +38,7 @@ impl Lowering<'_> {
                 Ok(())
             }
             Op::RmsNorm { input, residual, sum, weight, output, inverse_rms, epsilon, weight_offset } => {
+                self.choose_sums(op);
                 let input = self.view(*input);
                 let mut call = self.reducing("rms_norm");
                 self.bind(&mut call, "input", &input);
