@@ -131,11 +131,16 @@ fn touched_as_one_piece(workload: &Workload) -> BTreeSet<BufferId> {
             Op::AttentionBackward { output, grad_qkv, .. } => vec![*output, *grad_qkv],
             Op::Glu { gate_up, output, .. } => vec![*gate_up, *output],
             Op::GluBackward { gate_up, grad_gate_up, .. } => vec![*gate_up, *grad_gate_up],
+            // What drops elements reads the input end to end.
             Op::Linear { input, projections } => {
-                projections.iter().flat_map(|p| [p.weight, p.output.buffer]).chain([*input]).collect()
+                let drops = projections.iter().filter_map(|p| p.lora.as_ref()).any(|lora| lora.dropout.is_some());
+                let buffers = projections.iter().flat_map(|p| [p.weight, p.output.buffer]);
+                buffers.chain((!drops).then_some(*input)).collect()
             }
             Op::LinearBackward { input, projections, .. } => {
-                projections.iter().flat_map(|p| [p.weight, p.grad_output.buffer]).chain([*input]).collect()
+                let drops = projections.iter().filter_map(|p| p.lora.as_ref()).any(|lora| lora.dropout.is_some());
+                let buffers = projections.iter().flat_map(|p| [p.weight, p.grad_output.buffer]);
+                buffers.chain((!drops).then_some(*input)).collect()
             }
             _ => Vec::new(),
         };

@@ -259,6 +259,7 @@ fn linear(target: &Target, cases: &mut Vec<Case>) {
         (70, 64, &[136], DType::BF16, Parts { rank: Some(128), ..plain }),
         (530, 64, &[264, 200, 48], DType::BF16, Parts { rank: Some(32), ..plain }),
         (1100, 32, &[640, 640], DType::F32, Parts { rank: Some(16), ..plain }),
+        (1100, 32, &[4096], DType::BF16, Parts { rank: Some(32), ..plain }),
         (64, 128, &[256], DType::F32, Parts { needs_input_gradient: false, ..lora }),
         (37, 96, &[96, 48, 48], DType::F32, Parts { bias: true, trained: true, ..plain }),
         (130, 160, &[320, 320], DType::F32, Parts { trained: true, ..plain }),

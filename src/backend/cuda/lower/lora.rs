@@ -2,13 +2,13 @@
 //! output in one pass over it in the backward pass (`kernels/lora.cu`).
 
 use super::Lowering;
-use super::linear::{Pair, blocks, forward_product, join, side_by_side_groups, stacked};
+use super::linear::{Pair, forward_product, join, side_by_side_groups, stacked};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::compile::Variant;
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::spare::{branch_columns, gradient_ranks};
-use crate::program::{BufferId, DType, Dropout, Lora, LoraBackward, Op, Projection, ProjectionBackward};
+use crate::program::{BufferId, DType, LoraBackward, Op, Projection, ProjectionBackward};
 
 /// Projections that a kernel of `lora.cu` takes at once.
 const MOST_PARTS: usize = 4;
@@ -35,8 +35,8 @@ struct Tiling {
 }
 
 impl Tiling {
-    /// For so many rows of projections with these (columns, rank); none where the kernel does not take them: large ranks,
-    /// little shared memory or workspace.
+    /// For so many rows of projections with these (columns, rank); none where the kernel does not take them (large ranks, little
+    /// shared memory or workspace), or where its partial sums are more bytes than the pass over the gradient that it saves.
     fn new(
         rows: usize,
         sizes: &[(usize, usize)],
@@ -60,8 +60,10 @@ impl Tiling {
             let blocks = tokens.div_ceil(TILE * tiles);
             let wanted = (2 * multiprocessors).div_ceil(blocks).clamp(1, column_tiles);
             let tiling = Self { rank, tiles, tokens, strip_tiles: column_tiles.div_ceil(wanted) };
-            if tiling.workspace(sizes) <= workspace {
-                return Some(tiling);
+            let bytes = tiling.workspace(sizes);
+            if bytes <= workspace {
+                let pass: usize = sizes.iter().map(|(columns, _)| 2 * tokens * columns).sum();
+                return (bytes <= pass).then_some(tiling);
             }
             if blocks == 1 {
                 return None;
@@ -104,6 +106,8 @@ pub(super) struct Below {
     a: Matrix,
     /// Of all projections, below each other, with rows to spare; none where they are unpacked.
     weight: Option<Matrix>,
+    /// The largest of the branches.
+    rank: usize,
 }
 
 /// A projection's side of the backward pass.
@@ -241,47 +245,6 @@ impl Lowering<'_> {
         self.launch_variant(&variant(widest), "lora_place", [threads.div_ceil(256), 1, 1], 256, 0, arguments)
     }
 
-    /// `middle = drop(x) · aᵀ`, in chunks of rows that fit the scratch.
-    pub(super) fn dropped_middle(&mut self, x: Matrix, lora: &Lora, dropout: Dropout) -> Result<(), EngineError> {
-        let (a, middle) = (self.matrix(lora.a), self.columns(lora.middle));
-        for (first, rows) in self.row_chunks(x) {
-            let dropped = self.dropped(x, first, rows, dropout)?;
-            self.product(Product {
-                left: dropped,
-                left_transposed: false,
-                right: a,
-                right_transposed: true,
-                output: middle.slice_rows(first, rows),
-                alpha: Alpha::One,
-                accumulate: false,
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Rows of `drop(x)` in scratch.
-    fn dropped(&mut self, x: Matrix, first: usize, rows: usize, dropout: Dropout) -> Result<Matrix, EngineError> {
-        let to = Matrix::new(self.memory.scratch.pointer, DType::BF16, rows, x.columns);
-        let from = x.slice_rows(first, rows);
-        self.launch(
-            "dropout",
-            "dropout",
-            [rows, x.columns.div_ceil(256), 1],
-            256,
-            arguments![
-                from.pointer,
-                to.pointer,
-                self.address(dropout.key),
-                dropout.stream,
-                first as i32,
-                x.columns as i32,
-                dropout.probability,
-                1.0 / (1.0 - dropout.probability),
-            ],
-        )?;
-        Ok(to)
-    }
-
     /// The gradients of the branches, and their share of the input's, which is added where the whole product's is there.
     pub(super) fn lora_backward(
         &mut self,
@@ -315,6 +278,7 @@ impl Lowering<'_> {
         gradient_ranks(self.workload, projections)?;
         let grad_output = self.matrix(projections.first()?.grad_output.buffer);
         let loras = projections.iter().filter_map(|projection| projection.lora.as_ref());
+        let rank = loras.clone().map(|lora| lora.middle.width).max()?;
         let mut a = loras.map(|lora| self.matrix(lora.a));
         let first = a.next()?;
         let a = a.try_fold(first, stacked)?;
@@ -322,14 +286,17 @@ impl Lowering<'_> {
         let mut weights = projections.iter().map(|projection| projection.weight);
         let unpacked = |id: BufferId| matches!(self.memory.stored(id), DType::Nf4 | DType::Int8);
         let weight = if weights.clone().all(unpacked) {
-            None
+            // Odd rows are unpacked whole.
+            let row = self.width(weights.next()?);
+            let fits = 2 * (columns * row) as u64 <= self.memory.scratch.bytes;
+            (row.is_multiple_of(64) || fits).then_some(None)?
         } else {
             let first = self.matrix(weights.next()?);
             let whole = weights.try_fold(first, |whole, id| stacked(whole, self.matrix(id)))?;
             let last = projections.last()?.weight;
             Some((self.memory.spare_rows(last) >= a.rows).then_some(whole)?)
         };
-        (columns <= grad_output.stride).then_some(Below { grad_output, a, weight })
+        (columns <= grad_output.stride).then_some(Below { grad_output, a, weight, rank })
     }
 
     /// All gradients of a linear operation of which only branches are trained, with `g` beside the gradient of the output and
@@ -341,7 +308,7 @@ impl Lowering<'_> {
         projections: &[ProjectionBackward],
         below: Below,
     ) -> Result<(), EngineError> {
-        let Below { grad_output, a, weight } = below;
+        let Below { grad_output, a, weight, rank } = below;
         let longer = Matrix { columns: grad_output.columns + a.rows, ..grad_output };
         let loras: Vec<&LoraBackward> = projections.iter().filter_map(|p| p.lora.as_ref()).collect();
         let mut next = grad_output.columns;
@@ -367,7 +334,7 @@ impl Lowering<'_> {
         let rows = grad_output.columns;
         if let Some(weight) = weight {
             let longer = Matrix { rows: rows + a.rows, ..weight };
-            self.place_below(a, longer.slice_rows(rows, a.rows))?;
+            self.place_below(rank, a, longer.slice_rows(rows, a.rows))?;
             return self.product(product(longer, grad_input));
         }
         for (first, count) in self.unpacked_columns(longer.columns, grad_input.columns)? {
@@ -379,17 +346,17 @@ impl Lowering<'_> {
                 self.unpack(projection.weight, (0, own), (first, count), (to, count))?;
                 start += own;
             }
-            self.place_below(a.slice_columns(first, count), block.slice_rows(rows, a.rows))?;
+            self.place_below(rank, a.slice_columns(first, count), block.slice_rows(rows, a.rows))?;
             self.product(product(block, grad_input.slice_columns(first, count)))?;
         }
         Ok(())
     }
 
-    fn place_below(&mut self, a: Matrix, to: Matrix) -> Result<(), EngineError> {
+    fn place_below(&mut self, rank: usize, a: Matrix, to: Matrix) -> Result<(), EngineError> {
         let arguments =
             arguments![a.pointer, a.stride as i64, to.pointer, to.stride as i64, a.rows as i32, a.columns as i32];
         let grid = [(a.rows * a.columns / 8).div_ceil(256), 1, 1];
-        self.launch_variant(&variant(a.rows), "lora_below", grid, 256, 0, arguments)
+        self.launch_variant(&variant(rank), "lora_below", grid, 256, 0, arguments)
     }
 
     /// `middles = scale · grad_output · b` and the gradients of b.
@@ -508,66 +475,6 @@ impl Lowering<'_> {
         };
         join(pairs).into_iter().enumerate().map(branch).collect()
     }
-
-    /// `grad_a += gᵀ · drop(x)`, `grad_input += drop'(g · a)`, in chunks of rows that fit the scratch.
-    fn dropped_backward(
-        &mut self,
-        x: Matrix,
-        grad_input: Option<Matrix>,
-        lora: &LoraBackward,
-        dropout: Dropout,
-    ) -> Result<(), EngineError> {
-        let (a, grad_a, grad_middle) = (self.matrix(lora.a), self.matrix(lora.grad_a), self.columns(lora.grad_middle));
-        for (first, rows) in self.row_chunks(x) {
-            let grad_middle = grad_middle.slice_rows(first, rows);
-            let dropped = self.dropped(x, first, rows, dropout)?;
-            self.product(Product {
-                left: grad_middle,
-                left_transposed: true,
-                right: dropped,
-                right_transposed: false,
-                output: grad_a,
-                alpha: Alpha::One,
-                accumulate: true,
-            })?;
-            let Some(grad_input) = grad_input else {
-                continue;
-            };
-            // The dropped input is used up: its place takes g · a.
-            self.product(Product {
-                left: grad_middle,
-                left_transposed: false,
-                right: a,
-                right_transposed: false,
-                output: dropped,
-                alpha: Alpha::One,
-                accumulate: false,
-            })?;
-            let to = grad_input.slice_rows(first, rows);
-            self.launch(
-                "dropout",
-                "dropout_backward",
-                [rows, x.columns.div_ceil(256), 1],
-                256,
-                arguments![
-                    dropped.pointer,
-                    to.pointer,
-                    self.address(dropout.key),
-                    dropout.stream,
-                    first as i32,
-                    x.columns as i32,
-                    dropout.probability,
-                    1.0 / (1.0 - dropout.probability),
-                ],
-            )?;
-        }
-        Ok(())
-    }
-
-    /// Chunks of rows of a bf16 matrix that fit the scratch: (first, rows).
-    fn row_chunks(&self, matrix: Matrix) -> Vec<(usize, usize)> {
-        blocks(matrix.rows, self.memory.scratch.bytes as usize / (2 * matrix.columns), 64)
-    }
 }
 
 /// `lora.cu` for branches of this rank; of those that are too wide for its backward pass only `lora_place` is used.
@@ -609,9 +516,11 @@ mod tests {
             for rows in [1, 128, 129, 4096, 16_384, 78_475] {
                 for (multiprocessors, shared_bytes) in [(132, 227 << 10), (28, 99 << 10), (108, 163 << 10)] {
                     let Some(tiling) = Tiling::new(rows, sizes, multiprocessors, shared_bytes, WORKSPACE) else {
-                        assert!(sizes[0].1 > 32 && shared_bytes < 100 << 10, "{rows} rows of {sizes:?}");
+                        // One token's gradient is smaller than that of b, and so are 128 tokens' at large ranks.
+                        assert!(rows == 1 || sizes[0].1 >= 32 || sizes[0].0 == 8, "{rows} rows of {sizes:?}");
                         continue;
                     };
+                    assert!(sizes[0].1 < 64, "a pass over the gradient is less than partial sums of rank 64");
                     assert!(tiling.workspace(sizes) <= WORKSPACE);
                     assert!(Tiling::shared_bytes(tiling.rank, tiling.tiles) <= shared_bytes);
                     // Launches begin at whole blocks of tokens.

@@ -4,6 +4,7 @@
 //! a program is then a walk over a list, or the replay of a graph made from it.
 
 pub(super) mod attention;
+mod dropout;
 mod elementwise;
 mod fp8;
 mod head;
