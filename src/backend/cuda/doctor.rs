@@ -9,10 +9,14 @@ use crate::backend::doctor::{Finding, Report};
 pub fn doctor() -> Report {
     let mut findings = Vec::new();
     let mut usable = true;
+    let without_driver = library::missing() == Some(Library::Driver);
     for found in library::find() {
         let name = found.library.name();
         match &found.path {
             Some(path) => findings.push(Finding::found(name, detail(found.library, &path.display().to_string()))),
+            None if without_driver && found.library != Library::Driver => {
+                findings.push(Finding::absent(name, "not found, and of no use without the driver", ""));
+            }
             None => {
                 usable = false;
                 let (what, mend) = match found.library {
