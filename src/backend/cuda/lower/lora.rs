@@ -510,8 +510,14 @@ mod tests {
 
     #[test]
     fn partial_sums_fit_their_workspace_however_many_tokens_there_are() {
-        let shapes: [&[(usize, usize)]; 4] =
-            [&[(14336, 16), (14336, 16)], &[(4096, 32), (1024, 32), (1024, 32)], &[(28672, 64)], &[(8, 8)]];
+        let shapes: [&[(usize, usize)]; 6] = [
+            &[(14336, 16), (14336, 16)],
+            &[(576, 16), (192, 16), (192, 16)],
+            &[(576, 16)],
+            &[(4096, 32), (1024, 32), (1024, 32)],
+            &[(28672, 64)],
+            &[(8, 8)],
+        ];
         for sizes in shapes {
             for rows in [1, 128, 129, 4096, 16_384, 78_475] {
                 for (multiprocessors, shared_bytes) in [(132, 227 << 10), (28, 99 << 10), (108, 163 << 10)] {
