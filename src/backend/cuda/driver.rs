@@ -41,7 +41,7 @@ impl<T> During<T> for Result<T, cudarc::cublaslt::result::CublasError> {
     }
 }
 
-/// A stream of the card. Everything starts on the first; the others run beside it between two marks.
+/// A stream of the card. Everything starts on the first; copies run beside it between two marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
     Main,

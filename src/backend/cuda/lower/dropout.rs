@@ -29,24 +29,30 @@ impl Lowering<'_> {
     /// Rows of `drop(x)` in scratch.
     fn dropped(&mut self, x: Matrix, first: usize, rows: usize, dropout: Dropout) -> Result<Matrix, EngineError> {
         let to = Matrix::new(self.memory.scratch.pointer, DType::BF16, rows, x.columns);
-        let from = x.slice_rows(first, rows);
-        self.launch(
-            "dropout",
-            "dropout",
-            [rows, x.columns.div_ceil(256), 1],
-            256,
-            arguments![
-                from.pointer,
-                to.pointer,
-                self.address(dropout.key),
-                dropout.stream,
-                first as i32,
-                x.columns as i32,
-                dropout.probability,
-                1.0 / (1.0 - dropout.probability),
-            ],
-        )?;
+        self.drop_rows("dropout", x.slice_rows(first, rows), to, first, dropout)?;
         Ok(to)
+    }
+
+    /// A kernel of dropout.cu from rows to as many others, the first of which is row `first` of the micro-batch.
+    fn drop_rows(
+        &mut self,
+        entry: &str,
+        from: Matrix,
+        to: Matrix,
+        first: usize,
+        dropout: Dropout,
+    ) -> Result<(), EngineError> {
+        let arguments = arguments![
+            from.pointer,
+            to.pointer,
+            self.address(dropout.key),
+            dropout.stream,
+            first as i32,
+            from.columns as i32,
+            dropout.probability,
+            1.0 / (1.0 - dropout.probability),
+        ];
+        self.launch("dropout", entry, [from.rows, from.columns.div_ceil(256), 1], 256, arguments)
     }
 
     /// `grad_a += gᵀ · drop(x)`, `grad_input += drop'(g · a)`, in chunks of rows that fit the scratch.
@@ -83,23 +89,7 @@ impl Lowering<'_> {
                 alpha: Alpha::One,
                 accumulate: false,
             })?;
-            let to = grad_input.slice_rows(first, rows);
-            self.launch(
-                "dropout",
-                "dropout_backward",
-                [rows, x.columns.div_ceil(256), 1],
-                256,
-                arguments![
-                    dropped.pointer,
-                    to.pointer,
-                    self.address(dropout.key),
-                    dropout.stream,
-                    first as i32,
-                    x.columns as i32,
-                    dropout.probability,
-                    1.0 / (1.0 - dropout.probability),
-                ],
-            )?;
+            self.drop_rows("dropout_backward", dropped, grad_input.slice_rows(first, rows), first, dropout)?;
         }
         Ok(())
     }
