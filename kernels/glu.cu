@@ -1,24 +1,8 @@
 // SwiGLU and GeGLU (Shazeer 2020, arXiv 2002.05202), forward and backward.
 //
-//   output = f(gate) up;  grad_gate = grad_output up f'(gate);  grad_up = grad_output f(gate)
-//   silu: f(x) = x s(x), f'(x) = s (1 + x (1 - s)) with s the logistic function
-//   gelu (tanh): f(x) = x (1 + t) / 2 with t = tanh(k (x + c x^3)), f'(x) = (1 + t)/2 + x (1 - t^2) k (1 + 3 c x^2)/2
+//   output = f(gate) up;  grad_gate = grad_output up f'(gate);  grad_up = grad_output f(gate);  f is in glu.cuh
 //
 // Grid: (rows, column tiles). gate_up rows hold `columns` gate values, then as many up values, and lie `stride` apart.
-
-template <int GELU>
-__device__ __forceinline__ void activation(float x, float& value, float& slope) {
-    if constexpr (GELU) {
-        const float k = 0.7978845608028654f, c = 0.044715f;
-        float t = tanhf(k * (x + c * x * x * x));
-        value = 0.5f * x * (1.0f + t);
-        slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * k * (1.0f + 3.0f * c * x * x);
-    } else {
-        float s = 1.0f / (1.0f + __expf(-x));
-        value = x * s;
-        slope = s * (1.0f + x * (1.0f - s));
-    }
-}
 
 template <int V, int GELU>
 __device__ __forceinline__ void glu(const bf16* gate_up, i64 stride, bf16* output, i64 output_stride, int columns) {

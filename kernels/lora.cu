@@ -9,51 +9,6 @@
 // g beside that gradient and a below w, so that one product gives the gradient of the input: [grad_y | g] [w; a].
 // A block works through a strip of columns, tile by tile, for TILES tiles of tokens; partial sums of g (a strip's) and of
 // grad_b (a block of tokens') are added in order by lora_finish: the same bits on every run.
-//
-// RANK (16, 32 or 64, the real rank or more) is a macro. Real ranks and columns are multiples of 8.
-
-constexpr int TILE = 128;
-constexpr int TILE_BYTES = TILE * TILE * 2;
-// Rows of middle and b: padded by 16 bytes, so that matrix loads meet no bank twice.
-constexpr int THIN_STRIDE = 2 * RANK + 16;
-constexpr int B_BYTES = TILE * THIN_STRIDE;
-constexpr int RANK_TILES = RANK / 8;
-
-// One projection's side of the backward pass, and where its partial sums lie.
-struct Part {
-    const bf16* grad_output;
-    const bf16* b;
-    const bf16* middle;
-    bf16* grad_middle;
-    float* partial_middle;  // [strips, tokens, rank]
-    float* partial_b;       // [blocks of tokens, columns, rank]
-    float* grad_b;
-    const float* scale;
-    i64 grad_stride;
-    i64 middle_stride;
-    i64 grad_middle_stride;
-    int columns;
-    int rank;
-    int strips;
-    int strip_tiles;  // column tiles of a strip
-};
-
-struct Parts {
-    Part of[4];
-};
-
-// Byte offset of 16 bytes in a tile of rows of 256 bytes; chunks are swapped within groups of eight, by the row.
-DEVICE u32 swizzled(int row, int chunk) { return row * 256 + ((chunk & 8) | ((chunk ^ row) & 7)) * 16; }
-
-// Rows of `rank` values at `stride` into shared rows of THIN_STRIDE; zeros beyond rank and rows.
-DEVICE void load_thin(u32 to, const bf16* from, i64 stride, int rows, int rank, int count) {
-    constexpr int CHUNKS = RANK / 8;
-    for (int i = threadIdx.x; i < count * CHUNKS; i += blockDim.x) {
-        int row = i / CHUNKS, chunk = i % CHUNKS;
-        bool valid = row < rows && chunk * 8 < rank;
-        copy_async_16(to + row * THIN_STRIDE + chunk * 16, valid ? from + row * stride + chunk * 8 : from, valid);
-    }
-}
 
 // Grid: (strips of all projections, blocks of tokens).
 template <int TILES>
@@ -67,7 +22,7 @@ DEVICE void lora_backward(const Parts& parts, int tokens) {
     const bf16* grad_output = s.grad_output + first_column;
     const bf16* b_rows = s.b + (i64)first_column * s.rank;
     int first_token = blockIdx.y * TOKENS;
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int warp = threadIdx.x >> 5;
     u32 tiles = shared_address(shared), b_tiles = tiles + 2 * TILE_BYTES, middle = b_tiles + 2 * B_BYTES;
     int column_tiles = (columns + TILE - 1) / TILE;
     int steps = column_tiles * TILES;
@@ -108,57 +63,17 @@ DEVICE void lora_backward(const Parts& parts, int tokens) {
             }
             __syncthreads();
             u32 grad = tiles + (k & 1) * TILE_BYTES;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                // Rows of this warp's tokens, 16 columns from 16 i on.
-                u32 a[4];
-                load_matrix_x4(a, grad + swizzled(warp * 16 + (lane & 15), 2 * i + (lane >> 4)));
-#pragma unroll
-                for (int r = 0; r < RANK / 16; r++) {
-                    u32 f[4];
-                    load_b_from_k_rows<THIN_STRIDE>(f, b + i * 16 * THIN_STRIDE + r * 32);
-                    multiply_16x8x16(grad_middle[t][2 * r], a, f[0], f[1]);
-                    multiply_16x8x16(grad_middle[t][2 * r + 1], a, f[2], f[3]);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                // This warp's columns as rows, 16 tokens from 16 i on: the tile holds the transpose.
-                u32 a[4];
-                load_matrix_x4_transposed(
-                    a, grad + swizzled(i * 16 + (lane & 7) + (lane >> 4) * 8, 2 * warp + ((lane >> 3) & 1)));
-#pragma unroll
-                for (int r = 0; r < RANK / 16; r++) {
-                    u32 f[4];
-                    load_b_from_k_rows<THIN_STRIDE>(f, middle + (t * TILE + i * 16) * THIN_STRIDE + r * 32);
-                    multiply_16x8x16(grad_b[2 * r], a, f[0], f[1]);
-                    multiply_16x8x16(grad_b[2 * r + 1], a, f[2], f[3]);
-                }
-            }
+            add_middle(grad_middle[t], grad, warp * 16, b);
+            add_b(grad_b, grad, warp, middle + t * TILE * THIN_STRIDE);
             __syncthreads();
         }
-        float* to = s.partial_b + ((i64)blockIdx.y * s.columns + first_column) * s.rank;
-#pragma unroll
-        for (int r = 0; r < RANK_TILES; r++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int column = tile * TILE + warp * 16 + half * 8 + lane / 4, rank = r * 8 + lane % 4 * 2;
-                if (column < columns && rank < s.rank)
-                    *(float2*)(to + (i64)column * s.rank + rank) = make_float2(grad_b[r][2 * half], grad_b[r][2 * half + 1]);
-            }
+        store_sums(s.partial_b + ((i64)blockIdx.y * s.columns + first_column) * s.rank, grad_b, tile * TILE + warp * 16,
+                   columns, s.rank);
     }
-    float* to = s.partial_middle + (i64)strip * tokens * s.rank;
 #pragma unroll
     for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int r = 0; r < RANK_TILES; r++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int token = first_token + t * TILE + warp * 16 + half * 8 + lane / 4, rank = r * 8 + lane % 4 * 2;
-                if (token < tokens && rank < s.rank)
-                    *(float2*)(to + (i64)token * s.rank + rank) =
-                        make_float2(grad_middle[t][r][2 * half], grad_middle[t][r][2 * half + 1]);
-            }
+        store_sums(s.partial_middle + (i64)strip * tokens * s.rank, grad_middle[t], first_token + t * TILE + warp * 16,
+                   tokens, s.rank);
 }
 
 #define LORA_BACKWARD(TILES)                                                                                          \
@@ -175,16 +90,6 @@ LORA_BACKWARD(2)
 LORA_BACKWARD(4)
 #endif
 
-DEVICE float4 sum_of(const float4* from, i64 apart, int count) {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-    for (int i = 0; i < count; i++) {
-        float4 x = from[i * apart];
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    return sum;
-}
-
 // Grid: (pieces, projections); a thread adds up four values at a time. `blocks`: of tokens.
 extern "C" __global__ void __launch_bounds__(256)
     lora_finish(const __grid_constant__ Parts parts, int tokens, int blocks) {
@@ -194,9 +99,7 @@ extern "C" __global__ void __launch_bounds__(256)
     for (i64 i = (i64)blockIdx.x * 256 + threadIdx.x; i < of_middle + of_b; i += (i64)gridDim.x * 256) {
         if (i < of_middle) {
             float4 sum = sum_of((const float4*)s.partial_middle + i, of_middle, s.strips);
-            i64 token = i * 4 / s.rank, rank = i * 4 % s.rank;
-            uint2 packed = make_uint2(pack_bf16(scale * sum.x, scale * sum.y), pack_bf16(scale * sum.z, scale * sum.w));
-            *(uint2*)(s.grad_middle + token * s.grad_middle_stride + rank) = packed;
+            store_middle(s.grad_middle, s.grad_middle_stride, i, s.rank, scale, sum);
         } else {
             float4 sum = sum_of((const float4*)s.partial_b + (i - of_middle), of_b, blocks);
             float4* to = (float4*)s.grad_b + (i - of_middle);

@@ -43,6 +43,13 @@ fn every_operation_agrees_with_its_twin() {
     twin::check_engine(&target, &open, &filter);
 }
 
+/// Kernels that take a gated product together with the next operation's branches, in more than one tile a block.
+#[test]
+fn wide_gated_products_agree_with_their_twins() {
+    let Some(target) = card() else { return };
+    twin::check_cases(twin::cases::wide_gated_branches(&target), &target, &open, "");
+}
+
 /// Full fine-tuning where memory is short: gradients of matrices in bf16, through products, embedding, norm and optimizer.
 #[test]
 fn gradients_in_bf16_agree_with_the_twin() {

@@ -50,6 +50,10 @@ fn variants(source: &Source, architecture: &str) -> Vec<Vec<Define>> {
             "lora" => {
                 return ["16", "32", "64"].into_iter().map(|rank| vec![("RANK", rank.to_string())]).collect();
             }
+            "lora_glu" => {
+                let variant = |(rank, gelu): (&str, &str)| vec![("RANK", rank.into()), ("GELU_GATE", gelu.into())];
+                return [("16", "0"), ("16", "1"), ("32", "0"), ("32", "1")].map(variant).into();
+            }
             // Older cards have no 8-bit floats.
             "fp8" if matches!(architecture, "sm_80" | "sm_86") => return Vec::new(),
             _ => return vec![Vec::new()],

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use tune::backend::{EngineError, Session, WeightSource, cpu, cuda};
 use tune::program::plan::plan;
-use tune::program::{BufferId, Placement, Plan};
+use tune::program::{BufferId, Op, Placement, Plan};
 
 fn open(plan: Plan, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Session>, EngineError> {
     Ok(Box::new(cpu::open(plan, weights)?))
@@ -67,7 +67,7 @@ impl Session for Shared {
     }
 }
 
-/// Buffers of a case that a card's plan lays over each other.
+/// Buffers of an operation of a case that a card's plan lays over each other.
 fn sharing(case: &twin::Case) -> Vec<(BufferId, BufferId)> {
     let card = cuda::KnownCard::named("H100").expect("a known card").target();
     let plan = plan(case.workload.clone(), card).expect("a plan");
@@ -76,7 +76,11 @@ fn sharing(case: &twin::Case) -> Vec<(BufferId, BufferId)> {
     let mut pairs = Vec::new();
     for (index, (one, place)) in places.iter().enumerate() {
         let others = places[index + 1..].iter().filter(|(_, other)| other == place);
-        pairs.extend(others.map(|(other, _)| (BufferId(*one as u32), BufferId(*other as u32))));
+        let both = others.map(|(other, _)| (BufferId(*one as u32), BufferId(*other as u32)));
+        pairs.extend(both.filter(|(one, other)| {
+            let touches = |op: &Op, id: BufferId| op.accesses().iter().any(|&(touched, _)| touched == id);
+            case.ops().any(|op| touches(op, *one) && touches(op, *other))
+        }));
     }
     pairs
 }

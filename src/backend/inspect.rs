@@ -100,7 +100,7 @@ fn written(workload: &Workload) -> Vec<bool> {
 }
 
 /// Runs each operation of a program on the reference's inputs in both sessions and compares what they write;
-/// errors do not add up. The sessions hold the same workload, up to storage types (see [`reference_workload`]);
+/// errors do not add up. Operations that an engine may take together run together (see [`Op::may_join`]). The sessions hold the same workload, up to storage types (see [`reference_workload`]);
 /// the caller has written inputs, scalars and adapters to the reference.
 ///
 /// # Errors
@@ -120,29 +120,36 @@ pub fn check(
     let workload = reference.plan().workload.clone();
     let changes = written(&workload);
     let mut results = Vec::new();
-    for (index, step) in workload.programs[program].steps.iter().enumerate() {
-        let maps = block_maps(&step.op);
-        let accesses = distinct(step.op.accesses());
-        for &(id, access) in &accesses {
+    let steps = &workload.programs[program].steps;
+    let mut start = 0;
+    for unit in steps.chunk_by(|step, next| step.op.may_join(&next.op)) {
+        let range = start..start + unit.len();
+        start = range.end;
+        let mut known: Vec<BufferId> = Vec::new();
+        for (id, access) in unit.iter().flat_map(|step| distinct(step.op.accesses())) {
             let frozen = workload.buffer(id).kind == Kind::Weight && !changes[id.index()];
-            if access != Access::Write && !frozen {
+            if access != Access::Write && !frozen && !known.contains(&id) {
                 transfer(reference, session, id)?;
             }
+            known.push(id);
         }
-        session.run_steps(program, index..index + 1)?;
-        reference.run_steps(program, index..index + 1)?;
-        for &(id, access) in &accesses {
-            if access == Access::Read || workload.buffer(id).kind == Kind::Workspace {
-                continue;
+        session.run_steps(program, range.clone())?;
+        reference.run_steps(program, range)?;
+        for step in unit {
+            let maps = block_maps(&step.op);
+            for (id, access) in distinct(step.op.accesses()) {
+                if access == Access::Read || workload.buffer(id).kind == Kind::Workspace {
+                    continue;
+                }
+                let map = maps.iter().find(|(buffer, _)| *buffer == id).map(|(_, map)| *map);
+                let (found, expected) = (values(session, id, map)?, values(reference, id, map)?);
+                results.push(Agreement {
+                    name: step.name.clone(),
+                    op: step.op.name(),
+                    buffer: workload.buffer(id).name.clone(),
+                    error: relative_error(&found, &expected),
+                });
             }
-            let map = maps.iter().find(|(buffer, _)| *buffer == id).map(|(_, map)| *map);
-            let (found, expected) = (values(session, id, map)?, values(reference, id, map)?);
-            results.push(Agreement {
-                name: step.name.clone(),
-                op: step.op.name(),
-                buffer: workload.buffer(id).name.clone(),
-                error: relative_error(&found, &expected),
-            });
         }
     }
     Ok(results)

@@ -62,7 +62,8 @@ pub trait Session {
     /// Runs a program; may return before the device is done.
     fn run(&mut self, program: usize) -> Result<(), EngineError>;
 
-    /// Runs some of a program's operations one after the other, without any graph.
+    /// Runs some of a program's operations one after the other, without any graph. Where an engine takes two together
+    /// ([`Op::may_join`](crate::program::Op::may_join)), the second is only there with the first.
     fn run_steps(&mut self, program: usize, steps: std::ops::Range<usize>) -> Result<(), EngineError>;
 
     /// Waits for the device.

@@ -121,6 +121,18 @@ impl Op {
         list.0
     }
 
+    /// Whether an engine may take this operation together with the next, whose sums over its result come from the same pass
+    /// over memory: a gated product before a linear operation.
+    pub fn may_join(&self, next: &Op) -> bool {
+        match (self, next) {
+            (Op::Glu { output, .. }, Op::Linear { input, .. }) => output == input,
+            (Op::GluBackward { grad_gate_up, .. }, Op::LinearBackward { projections, .. }) => {
+                projections.iter().any(|projection| projection.grad_output.buffer == *grad_gate_up)
+            }
+            _ => false,
+        }
+    }
+
     /// A short name for tables: `linear`, `attention_backward`.
     pub fn name(&self) -> &'static str {
         match self {

@@ -19,6 +19,7 @@ pub fn all(target: &Target) -> Vec<Case> {
     attention(target, &mut cases);
     cached_attention(target, &mut cases);
     glu(target, &mut cases);
+    gated_branches(target, &mut cases);
     gather(target, &mut cases);
     cross_entropy(target, &mut cases);
     optimizer(target, &mut cases);
@@ -42,6 +43,8 @@ struct Writer {
     compute: DType,
     trainable: DType,
     gradients: DType,
+    /// Of activations that are only read: where a second operation reads them, they are there before the first.
+    given: Kind,
     drawn: u32,
 }
 
@@ -52,7 +55,8 @@ impl Writer {
         let (compute, trainable) = (target.compute, target.trainable);
         let gradients = target.gradients;
         let (checkpoint, exact) = (HashMap::new(), HashMap::new());
-        Self { name, builder, inputs: Vec::new(), checkpoint, exact, compute, trainable, gradients, drawn: 0 }
+        let given = Kind::Activation;
+        Self { name, builder, inputs: Vec::new(), checkpoint, exact, compute, trainable, gradients, given, drawn: 0 }
     }
 
     /// `count` numbers, uniform in `[-1, 1)`.
@@ -84,7 +88,7 @@ impl Writer {
     }
 
     fn activation(&mut self, name: &str, shape: &[usize]) -> BufferId {
-        self.random(name, shape, self.compute, Kind::Activation, 1.0)
+        self.random(name, shape, self.compute, self.given, 1.0)
     }
 
     /// A buffer that the operation has to fill: NaN before.
@@ -152,8 +156,12 @@ impl Writer {
         self.integers(name, &values)
     }
 
-    fn finish(mut self, op: Op) -> Case {
-        self.builder.push("op", op);
+    fn finish(self, op: Op) -> Case {
+        self.finish_all([op])
+    }
+
+    fn finish_all(mut self, ops: impl IntoIterator<Item = Op>) -> Case {
+        ops.into_iter().for_each(|op| self.builder.push("op", op));
         self.builder.end();
         let workload = self.builder.finish();
         Case { name: self.name, workload, inputs: self.inputs, checkpoint: self.checkpoint, exact: self.exact }
@@ -348,8 +356,20 @@ fn linear_forward(
     parts: Parts,
 ) -> Case {
     let mut case = Writer::new(target, format!("linear {label}"));
-    let stored = if parts.trained { case.trainable } else { dtype };
     let input = case.activation("input", &[tokens, inputs]);
+    let op = linear_op(&mut case, input, (tokens, inputs), outputs, dtype, parts);
+    case.finish(op)
+}
+
+fn linear_op(
+    case: &mut Writer,
+    input: BufferId,
+    (tokens, inputs): (usize, usize),
+    outputs: &[usize],
+    dtype: DType,
+    parts: Parts,
+) -> Op {
+    let stored = if parts.trained { case.trainable } else { dtype };
     let output = case.output("output", &[tokens, outputs.iter().sum()], case.compute);
     let middle = parts.rank.map(|rank| case.output("middle", &[tokens, rank * outputs.len()], case.compute));
     let scale = case.scalar("lora_scale", 0.75);
@@ -363,13 +383,13 @@ fn linear_forward(
             b: case.adapter(&format!("{index}.lora_B.weight"), &[width, rank]),
             middle: Columns { buffer, start: index * rank, width: rank },
             scale,
-            dropout: dropout(&mut case, parts, index),
+            dropout: dropout(case, parts, index),
         });
         let output = Columns { buffer: output, start: column, width };
         projections.push(Projection { weight, bias, output, lora });
         column += width;
     }
-    case.finish(Op::Linear { input, projections })
+    Op::Linear { input, projections }
 }
 
 fn linear_backward(
@@ -382,9 +402,21 @@ fn linear_backward(
     parts: Parts,
 ) -> Case {
     let mut case = Writer::new(target, format!("linear_backward {label}"));
+    let grad_output = case.activation("grad_output", &[tokens, outputs.iter().sum()]);
+    let op = linear_backward_op(&mut case, grad_output, (tokens, inputs), outputs, dtype, parts);
+    case.finish(op)
+}
+
+fn linear_backward_op(
+    case: &mut Writer,
+    grad_output: BufferId,
+    (tokens, inputs): (usize, usize),
+    outputs: &[usize],
+    dtype: DType,
+    parts: Parts,
+) -> Op {
     let stored = if parts.trained { case.trainable } else { dtype };
     let input = case.activation("input", &[tokens, inputs]);
-    let grad_output = case.activation("grad_output", &[tokens, outputs.iter().sum()]);
     let grad_input = parts.needs_input_gradient.then(|| case.output("grad_input", &[tokens, inputs], case.compute));
     let ranks = parts.rank.unwrap_or(0) * outputs.len();
     let buffers = (ranks > 0).then(|| {
@@ -408,13 +440,13 @@ fn linear_backward(
             grad_a: case.gradient(&format!("{index}.lora_A.weight.grad"), &[rank, inputs]),
             grad_b: case.gradient(&format!("{index}.lora_B.weight.grad"), &[width, rank]),
             scale,
-            dropout: dropout(&mut case, parts, index),
+            dropout: dropout(case, parts, index),
         });
         let grad_output = Columns { buffer: grad_output, start: column, width };
         projections.push(ProjectionBackward { weight, grad_output, grad_weight, grad_bias, lora });
         column += width;
     }
-    case.finish(Op::LinearBackward { input, grad_input, projections })
+    Op::LinearBackward { input, grad_input, projections }
 }
 
 fn rope(target: &Target, cases: &mut Vec<Case>) {
@@ -557,6 +589,66 @@ fn glu(target: &Target, cases: &mut Vec<Case>) {
             cases.push(case.finish(Op::GluBackward { grad_output, gate_up, grad_gate_up, activation }));
         }
     }
+}
+
+const GATED: Parts = Parts { bias: false, rank: None, dropout: 0.0, trained: false, needs_input_gradient: true };
+
+/// Tokens, columns of the gated product, those of what linear operations have beside it, and how weights are stored.
+type GatedRow = (usize, usize, usize, DType, Activation, Parts);
+
+/// Gated products before linear operations with LoRA branches, as an MLP has them: an engine may sum for the branches while
+/// it makes what they read.
+fn gated_branches(target: &Target, cases: &mut Vec<Case>) {
+    let rank = |rank| Parts { rank: Some(rank), ..GATED };
+    let table = [
+        (1, 64, 32, DType::F32, Activation::Silu, rank(8)),
+        (37, 96, 64, DType::BF16, Activation::GeluTanh, rank(8)),
+        (257, 264, 96, DType::BF16, Activation::Silu, rank(16)),
+        (530, 200, 64, DType::BF16, Activation::GeluTanh, rank(32)),
+        (130, 1536, 192, DType::F32, Activation::Silu, rank(24)),
+        (1100, 648, 64, DType::BF16, Activation::Silu, rank(16)),
+        (130, 300, 64, DType::BF16, Activation::Silu, rank(4)),
+        (257, 256, 64, DType::BF16, Activation::Silu, rank(64)),
+        (130, 256, 64, DType::BF16, Activation::Silu, Parts { dropout: 0.1, ..rank(16) }),
+        (130, 256, 64, DType::BF16, Activation::Silu, Parts { needs_input_gradient: false, ..rank(16) }),
+        (257, 512, 128, DType::Nf4, Activation::Silu, rank(16)),
+        (130, 256, 64, DType::BF16, Activation::Silu, GATED),
+    ];
+    table.into_iter().for_each(|row| gated_row(target, row, cases));
+}
+
+/// The same in sizes at which a block of a large card works through several tiles, of tokens and of columns, and more tokens
+/// than one launch has room for.
+pub fn wide_gated_branches(target: &Target) -> Vec<Case> {
+    let rank = |rank| Parts { rank: Some(rank), ..GATED };
+    let mut cases = Vec::new();
+    for row in [
+        (1100, 2056, 8, DType::BF16, Activation::Silu, rank(16)),
+        (1100, 3464, 16, DType::BF16, Activation::GeluTanh, rank(32)),
+        (1100, 5640, 8, DType::BF16, Activation::Silu, rank(16)),
+        (1100, 28_680, 8, DType::BF16, Activation::Silu, rank(24)),
+    ] {
+        gated_row(target, row, &mut cases);
+    }
+    cases
+}
+
+fn gated_row(target: &Target, row: GatedRow, cases: &mut Vec<Case>) {
+    let (tokens, width, hidden, dtype, activation, parts) = row;
+    let label = format!("{tokens}x{width} {activation:?} and {hidden} {} {}", dtype.name(), describe(parts));
+    let mut case = Writer::new(target, format!("gated {label}"));
+    let gate_up = case.random("gate_up", &[tokens, 2 * width], case.compute, Kind::Activation, 3.0);
+    let output = case.output("glu", &[tokens, width], case.compute);
+    let linear = linear_op(&mut case, output, (tokens, width), &[hidden], dtype, parts);
+    cases.push(case.finish_all([Op::Glu { gate_up, output, activation }, linear]));
+
+    let mut case = Writer::new(target, format!("gated_backward {label}"));
+    let grad_output = case.activation("grad_glu", &[tokens, width]);
+    let gate_up = case.random("gate_up", &[tokens, 2 * width], case.compute, Kind::Activation, 3.0);
+    let grad_gate_up = case.output("grad_gate_up", &[tokens, 2 * width], case.compute);
+    case.given = Kind::Input;
+    let linear = linear_backward_op(&mut case, grad_gate_up, (tokens, hidden), &[width, width], dtype, parts);
+    cases.push(case.finish_all([Op::GluBackward { grad_output, gate_up, grad_gate_up, activation }, linear]));
 }
 
 fn gather(target: &Target, cases: &mut Vec<Case>) {

@@ -1,4 +1,5 @@
-//! The judge of every engine: each operation alone, on random inputs, against its f64 twin.
+//! The judge of every engine: each operation alone, and those that an engine may take together, on random inputs, against
+//! their f64 twins.
 //!
 //! `check_engine` is generic over engines: include this module with `mod twin;` and give it a target and a way to
 //! open a plan. The twin sees inputs as the engine's storage types hold them.
@@ -15,12 +16,12 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use tune::backend::{EngineError, Session, Tensor, WeightSource};
 use tune::program::plan::plan;
-use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, block8};
+use tune::program::{Access, BufferId, DType, Kind, Op, Plan, Target, Workload, block8};
 
-/// One operation with its inputs.
+/// One operation with its inputs, or a few after each other.
 pub struct Case {
     pub name: String,
-    /// One program of one step.
+    /// One program.
     pub workload: Workload,
     /// Contents before the run, as the storage types hold them, by buffer index.
     pub inputs: Vec<Vec<f64>>,
@@ -28,6 +29,12 @@ pub struct Case {
     pub checkpoint: HashMap<String, DType>,
     /// Values in the checkpoint of weights that the engine quantizes: `inputs` has what they are worth then.
     pub exact: HashMap<String, Vec<f64>>,
+}
+
+impl Case {
+    pub fn ops(&self) -> impl Iterator<Item = &Op> {
+        self.workload.programs[0].steps.iter().map(|step| &step.op)
+    }
 }
 
 pub type Opener<'a> = &'a dyn Fn(Plan, Arc<dyn WeightSource>) -> Result<Box<dyn Session>, EngineError>;
@@ -70,9 +77,18 @@ fn tolerance(compute: DType) -> f64 {
 
 fn run_case(case: &Case, target: &Target, open: Opener) -> Result<Vec<String>, Box<dyn std::error::Error>> {
     let workload = &case.workload;
-    let op = &workload.programs[0].steps[0].op;
     let mut twin = ops::Values { workload, of: case.inputs.clone() };
-    ops::run(&mut twin, op);
+    for op in case.ops() {
+        ops::run(&mut twin, op);
+        // The next one sees what the storage types hold.
+        for (id, access) in op.accesses() {
+            let buffer = workload.buffer(id);
+            if access != Access::Read && case.ops().count() > 1 {
+                let bytes = to_bytes(buffer.dtype, &buffer.name, &twin.of[id.index()]);
+                twin.of[id.index()] = from_bytes(buffer.dtype, &buffer.name, &bytes, buffer.elements());
+            }
+        }
+    }
     let plan = plan(workload.clone(), target.clone())?;
     let mut session = open(plan, Arc::new(Checkpoint::new(case)))?;
     let first = outputs(case, session.as_mut())?;
@@ -100,17 +116,19 @@ fn run_case(case: &Case, target: &Target, open: Opener) -> Result<Vec<String>, B
 /// Writes all inputs, runs the operation, and reads what it wrote.
 fn outputs(case: &Case, session: &mut dyn Session) -> Result<Vec<(BufferId, Vec<u8>)>, EngineError> {
     let workload = &case.workload;
-    let op = &workload.programs[0].steps[0].op;
-    let mut written: Vec<BufferId> = Vec::new();
-    for (id, access) in op.accesses() {
+    let (mut written, mut read): (Vec<BufferId>, Vec<BufferId>) = (Vec::new(), Vec::new());
+    for (id, access) in case.ops().flat_map(|op| op.accesses()) {
         let kind = workload.buffer(id).kind;
+        if access != Access::Write && !written.contains(&id) {
+            read.push(id);
+        }
         if access != Access::Read && kind != Kind::Workspace && !written.contains(&id) {
             written.push(id);
         }
     }
     // What is only written holds NaN before. It may share its place with an input (an element-wise result over what it
     // was made from), so inputs come last.
-    let is_input = |id: BufferId| op.accesses().iter().any(|&(other, access)| other == id && access != Access::Write);
+    let is_input = |id: BufferId| read.contains(&id);
     for inputs in [false, true] {
         for (index, buffer) in workload.buffers.iter().enumerate() {
             let id = BufferId(index as u32);

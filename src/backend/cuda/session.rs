@@ -6,13 +6,13 @@ use std::sync::Arc;
 use super::command::{Command, Launch, arguments};
 use super::compile::{Kernels, Variant};
 use super::driver::{Card, DeviceMemory, Event, Graph, failed, zero};
-use super::lower::{Lowering, attention, lora};
+use super::lower::{Lowering, attention, gated, lora};
 use super::memory::Memory;
 use super::product::Products;
 use super::tables::Tables;
 use super::weights::{Loader, read_buffer, write_buffer};
 use crate::backend::{EngineError, Session, WeightSource};
-use crate::program::{BufferId, Kind, Plan};
+use crate::program::{BufferId, Kind, Op, Plan, Program};
 
 /// Bytes that captured programs may take over what the plan has for them.
 const GRAPH_SLACK: u64 = 64 << 20;
@@ -74,8 +74,9 @@ impl CudaSession {
         let mut kernels = Kernels::new(&card)?;
         let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
         let mut used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
-        for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
-            let wanted = attention::files(card.capability, &plan, &step.op).into_iter().chain(lora::files(&step.op));
+        for (op, next) in plan.workload.programs.iter().flat_map(with_next) {
+            let of_attention = attention::files(card.capability, &plan, op).into_iter();
+            let wanted = of_attention.chain(lora::files(op)).chain(gated::file(op, next));
             let new = wanted.filter(|variant| !used.contains(variant));
             used.extend(new.collect::<Vec<_>>());
         }
@@ -96,7 +97,8 @@ impl CudaSession {
         for program in &plan.workload.programs {
             let mut lowering =
                 Lowering::new(&card, &plan.workload, &memory, &mut kernels, &mut products, &tables, &mut kept);
-            let steps: Vec<_> = program.steps.iter().map(|step| lowering.lower(&step.op)).collect::<Result<_, _>>()?;
+            let steps: Vec<_> =
+                with_next(program).map(|(op, next)| lowering.lower(op, next)).collect::<Result<_, _>>()?;
             lowering.end(&program.name)?;
             programs.push(steps);
         }
@@ -189,9 +191,15 @@ impl CudaSession {
     }
 }
 
+/// A program's operations, each with the one after it.
+fn with_next(program: &Program) -> impl Iterator<Item = (&Op, Option<&Op>)> {
+    let steps = &program.steps;
+    steps.iter().enumerate().map(|(at, step)| (&step.op, steps.get(at + 1).map(|next| &next.op)))
+}
+
 /// Kernel files that a plan's operations need.
 fn used_files(plan: &Plan, files: &[&'static str]) -> Vec<&'static str> {
-    use crate::program::{DType, Op};
+    use crate::program::DType;
     let mut wanted: Vec<&str> = vec!["cast"];
     for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
         wanted.extend::<&[&str]>(match &step.op {

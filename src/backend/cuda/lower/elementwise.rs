@@ -315,11 +315,12 @@ impl Lowering<'_> {
     }
 }
 
+pub(super) fn is_gelu(activation: Activation) -> bool {
+    activation == Activation::GeluTanh
+}
+
 fn activation_name(activation: Activation) -> &'static str {
-    match activation {
-        Activation::Silu => "silu",
-        Activation::GeluTanh => "gelu",
-    }
+    if is_gelu(activation) { "gelu" } else { "silu" }
 }
 
 /// Adds the pieces of a tensor: (part, index) pairs.

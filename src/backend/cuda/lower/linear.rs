@@ -85,8 +85,10 @@ impl Lowering<'_> {
             self.expect("linear", &[lora.a, lora.b, lora.middle.buffer], DType::BF16)?;
         }
         let plain = adapted.iter().filter(|(_, lora)| lora.dropout.is_none());
-        let pairs: Vec<Pair> = plain.map(|(_, lora)| (self.matrix(lora.a), self.columns(lora.middle))).collect();
-        self.forward_products(x, pairs, false)?;
+        if self.summed != Some(input) {
+            let pairs: Vec<Pair> = plain.map(|(_, lora)| (self.matrix(lora.a), self.columns(lora.middle))).collect();
+            self.forward_products(x, pairs, false)?;
+        }
         for (_, lora) in &adapted {
             if let Some(dropout) = lora.dropout {
                 self.dropped_middle(x, lora, dropout)?;

@@ -2,101 +2,18 @@
 //! output in one pass over it in the backward pass (`kernels/lora.cu`).
 
 use super::Lowering;
+use super::gated::Gated;
 use super::linear::{Pair, forward_product, join, side_by_side_groups, stacked};
+use super::tiling::{RANKS, Tiling, compiled_rank};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::compile::Variant;
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::spare::{branch_columns, gradient_ranks};
-use crate::program::{BufferId, DType, LoraBackward, Op, Projection, ProjectionBackward};
+use crate::program::{BufferId, Columns, DType, LoraBackward, Op, Projection, ProjectionBackward};
 
 /// Projections that a kernel of `lora.cu` takes at once.
 const MOST_PARTS: usize = 4;
-
-/// Ranks that `lora.cu` is compiled for.
-const RANKS: [usize; 3] = [16, 32, 64];
-
-/// Tokens and columns of a tile of `lora_backward`.
-const TILE: usize = 128;
-
-/// Shared memory of a block of which a multiprocessor of the larger cards takes two.
-const HALF_SHARED: usize = 113 << 10;
-
-/// How `lora_backward` works through an operation.
-struct Tiling {
-    /// Ranks that the kernel is compiled for: the real ones or more.
-    rank: usize,
-    /// Tiles of tokens that a block takes.
-    tiles: usize,
-    /// Tokens of a launch.
-    tokens: usize,
-    /// Column tiles of a strip.
-    strip_tiles: usize,
-}
-
-impl Tiling {
-    /// For so many rows of projections with these (columns, rank); none where the kernel does not take them (large ranks, little
-    /// shared memory or workspace), or where its partial sums are more bytes than the pass over the gradient that it saves.
-    fn new(
-        rows: usize,
-        sizes: &[(usize, usize)],
-        multiprocessors: usize,
-        shared_bytes: usize,
-        workspace: usize,
-    ) -> Option<Self> {
-        let widest = sizes.iter().map(|&(_, rank)| rank).max()?;
-        let rank = RANKS.into_iter().find(|&rank| rank >= widest)?;
-        let column_tiles: usize = sizes.iter().map(|(columns, _)| columns.div_ceil(TILE)).sum();
-        let fitting = |limit: usize| {
-            let tiles = [4, 2, 1].into_iter().filter(move |&tiles| tiles * rank <= 64);
-            tiles.filter(move |&tiles| Self::shared_bytes(rank, tiles) <= limit)
-        };
-        // As many tokens a block as leave a block for every multiprocessor.
-        let fills = |tiles: &usize| rows.div_ceil(TILE * tiles) * column_tiles >= multiprocessors;
-        let half = HALF_SHARED.min(shared_bytes);
-        let tiles = fitting(half).find(fills).or(fitting(half).next_back()).or(fitting(shared_bytes).next_back())?;
-        let mut tokens = rows;
-        loop {
-            let blocks = tokens.div_ceil(TILE * tiles);
-            let wanted = (2 * multiprocessors).div_ceil(blocks).clamp(1, column_tiles);
-            let tiling = Self { rank, tiles, tokens, strip_tiles: column_tiles.div_ceil(wanted) };
-            let bytes = tiling.workspace(sizes);
-            if bytes <= workspace {
-                let pass: usize = sizes.iter().map(|(columns, _)| 2 * tokens * columns).sum();
-                return (bytes <= pass).then_some(tiling);
-            }
-            if blocks == 1 {
-                return None;
-            }
-            tokens = blocks.div_ceil(2) * TILE * tiles;
-        }
-    }
-
-    /// Bytes of all partial sums of a launch.
-    fn workspace(&self, sizes: &[(usize, usize)]) -> usize {
-        let bytes = |&(columns, rank): &(usize, usize)| self.partial_bytes(columns, rank, self.tokens).1;
-        sizes.iter().map(|size| bytes(size).next_multiple_of(256)).sum()
-    }
-
-    fn shared_bytes(rank: usize, tiles: usize) -> usize {
-        2 * TILE * TILE * 2 + (2 * TILE + tiles * TILE) * (2 * rank + 16)
-    }
-
-    /// Blocks of tokens of a launch over so many.
-    fn token_blocks(&self, tokens: usize) -> usize {
-        tokens.div_ceil(TILE * self.tiles)
-    }
-
-    fn strips(&self, columns: usize) -> usize {
-        columns.div_ceil(TILE).div_ceil(self.strip_tiles)
-    }
-
-    /// Bytes of a projection's partial sums: of its middle's gradient, and of all.
-    fn partial_bytes(&self, columns: usize, rank: usize, tokens: usize) -> (usize, usize) {
-        let middle = 4 * self.strips(columns) * tokens * rank;
-        (middle, middle + 4 * self.token_blocks(tokens) * columns * rank)
-    }
-}
 
 /// The factors of a product that gives the gradient of an input, branches included.
 pub(super) struct Below {
@@ -110,8 +27,27 @@ pub(super) struct Below {
     rank: usize,
 }
 
+impl Below {
+    /// The gradient of the output and, beside it, the branches'.
+    fn longer(&self) -> Matrix {
+        Matrix { columns: self.grad_output.columns + self.a.rows, ..self.grad_output }
+    }
+
+    /// Where the gradients of the branches' middles lie.
+    pub(super) fn middles(&self, projections: &[ProjectionBackward]) -> Vec<Matrix> {
+        let mut next = self.grad_output.columns;
+        let loras = projections.iter().filter_map(|projection| projection.lora.as_ref());
+        let place = |lora: &LoraBackward| {
+            let start = next;
+            next += lora.middle.width;
+            self.longer().slice_columns(start, lora.middle.width)
+        };
+        loras.map(place).collect()
+    }
+}
+
 /// A projection's side of the backward pass.
-struct Branch {
+pub(super) struct Branch {
     grad_output: Matrix,
     b: Matrix,
     middle: Matrix,
@@ -121,16 +57,15 @@ struct Branch {
 }
 
 impl Branch {
-    fn rank(&self) -> usize {
+    pub(super) fn rank(&self) -> usize {
         self.b.columns
     }
 
     /// Whether rows of all matrices are read 16 bytes at a time.
-    fn is_even(&self) -> bool {
-        let even = |matrix: &Matrix| matrix.pointer.is_multiple_of(16) && matrix.stride.is_multiple_of(8);
+    pub(super) fn is_even(&self) -> bool {
         let sizes = [self.rank(), self.grad_output.columns];
         sizes.iter().all(|size| size.is_multiple_of(8))
-            && [&self.grad_output, &self.b, &self.middle, &self.grad_middle, &self.grad_b].into_iter().all(even)
+            && [self.grad_output, self.b, self.middle, self.grad_middle, self.grad_b].into_iter().all(even)
     }
 }
 
@@ -308,18 +243,9 @@ impl Lowering<'_> {
         projections: &[ProjectionBackward],
         below: Below,
     ) -> Result<(), EngineError> {
+        let (middles, longer) = (below.middles(projections), below.longer());
         let Below { grad_output, a, weight, rank } = below;
-        let longer = Matrix { columns: grad_output.columns + a.rows, ..grad_output };
         let loras: Vec<&LoraBackward> = projections.iter().filter_map(|p| p.lora.as_ref()).collect();
-        let mut next = grad_output.columns;
-        let middles: Vec<Matrix> = loras
-            .iter()
-            .map(|lora| {
-                let middle = longer.slice_columns(next, lora.middle.width);
-                next += lora.middle.width;
-                middle
-            })
-            .collect();
         self.branch_sums(projections, &middles)?;
         self.weight_gradients(x, loras.iter().map(|lora| self.matrix(lora.grad_a)).zip(middles).collect())?;
         let product = |right: Matrix, output: Matrix| Product {
@@ -359,32 +285,41 @@ impl Lowering<'_> {
         self.launch_variant(&variant(rank), "lora_below", grid, 256, 0, arguments)
     }
 
-    /// `middles = scale · grad_output · b` and the gradients of b.
-    fn branch_sums(&mut self, projections: &[ProjectionBackward], middles: &[Matrix]) -> Result<(), EngineError> {
+    /// The branches' sides of the backward pass, with the gradients of their middles in these places.
+    pub(super) fn branches(
+        &self,
+        projections: &[ProjectionBackward],
+        middles: &[Matrix],
+    ) -> Result<Vec<Branch>, EngineError> {
         let adapted = projections.iter().filter_map(|p| p.lora.as_ref().map(|lora| (p.grad_output, lora)));
-        let mut branches = Vec::new();
-        for ((grad_output, lora), &grad_middle) in adapted.zip(middles) {
+        let branch = |((grad_output, lora), &grad_middle): ((Columns, &LoraBackward), &Matrix)| {
             let compute = [lora.a, lora.b, lora.middle.buffer, lora.grad_middle.buffer];
             self.expect("linear_backward", &compute, DType::BF16)?;
             self.expect("linear_backward", &[lora.grad_a, lora.grad_b], DType::F32)?;
-            branches.push(Branch {
+            Ok(Branch {
                 grad_output: self.columns(grad_output),
                 b: self.matrix(lora.b),
                 middle: self.columns(lora.middle),
                 grad_middle,
                 grad_b: self.matrix(lora.grad_b),
                 scale: self.address(lora.scale),
-            });
+            })
+        };
+        adapted.zip(middles).map(branch).collect()
+    }
+
+    /// `middles = scale · grad_output · b` and the gradients of b, where they did not come with the gradient of the output.
+    fn branch_sums(&mut self, projections: &[ProjectionBackward], middles: &[Matrix]) -> Result<(), EngineError> {
+        if projections.first().is_some_and(|projection| self.summed == Some(projection.grad_output.buffer)) {
+            return Ok(());
         }
+        let branches = self.branches(projections, middles)?;
         for branches in branches.chunks(MOST_PARTS) {
             let sizes: Vec<_> = branches.iter().map(|branch| (branch.grad_output.columns, branch.rank())).collect();
             let rows = branches[0].grad_output.rows;
-            let tiling = branches.iter().all(Branch::is_even).then(|| {
-                let workspace = self.products.workspace().1 as usize;
-                Tiling::new(rows, &sizes, self.card.multiprocessors as usize, self.card.shared_bytes, workspace)
-            });
+            let tiling = branches.iter().all(Branch::is_even).then(|| Tiling::new(rows, &sizes, &self.room()));
             match tiling.flatten() {
-                Some(tiling) => self.output_sums(branches, &tiling)?,
+                Some(tiling) => self.output_sums(branches, &tiling, None)?,
                 None => self.output_products(branches)?,
             }
         }
@@ -392,8 +327,13 @@ impl Lowering<'_> {
     }
 
     /// `grad_middle = scale · grad_output · b` and `grad_b += scale · grad_outputᵀ · middle` from one pass over the gradient of
-    /// the output; partial sums lie in the library's scratch.
-    fn output_sums(&mut self, branches: &[Branch], tiling: &Tiling) -> Result<(), EngineError> {
+    /// the output, or from the kernel that makes it; partial sums lie in the library's scratch.
+    pub(super) fn output_sums(
+        &mut self,
+        branches: &[Branch],
+        tiling: &Tiling,
+        gated: Option<&Gated>,
+    ) -> Result<(), EngineError> {
         let Some(rows) = branches.first().map(|branch| branch.grad_output.rows) else { return Ok(()) };
         let variant = variant(tiling.rank);
         for first in (0..rows).step_by(tiling.tokens) {
@@ -425,12 +365,18 @@ impl Lowering<'_> {
             }
             table.resize(13 * MOST_PARTS, 0);
             let table = table.into_boxed_slice();
-            let shared = Tiling::shared_bytes(tiling.rank, tiling.tiles);
-            let grid = [strips, tiling.token_blocks(tokens), 1];
-            let given = arguments![table.clone(), tokens as i32];
-            self.launch_variant(&variant, &format!("lora_backward_{}", tiling.tiles), grid, 256, shared, given)?;
-            let (grid, given) = ([pieces, branches.len(), 1], arguments![table, tokens as i32, grid[1] as i32]);
-            self.launch_variant(&variant, "lora_finish", grid, 256, 0, given)?;
+            let blocks = tiling.token_blocks(tokens);
+            match gated {
+                Some(gated) => self.gated_sums(gated, tiling, table.clone(), (first, tokens))?,
+                None => {
+                    let (entry, given) =
+                        (format!("lora_backward_{}", tiling.tiles), arguments![table.clone(), tokens as i32]);
+                    let shared = Tiling::shared_bytes(tiling.rank, tiling.tiles);
+                    self.launch_variant(&variant, &entry, [strips, blocks, 1], 256, shared, given)?;
+                }
+            }
+            let given = arguments![table, tokens as i32, blocks as i32];
+            self.launch_variant(&variant, "lora_finish", [pieces, branches.len(), 1], 256, 0, given)?;
         }
         Ok(())
     }
@@ -477,9 +423,14 @@ impl Lowering<'_> {
     }
 }
 
+/// Whether rows of a matrix are read 16 bytes at a time.
+pub(super) fn even(matrix: Matrix) -> bool {
+    matrix.pointer.is_multiple_of(16) && matrix.stride.is_multiple_of(8)
+}
+
 /// `lora.cu` for branches of this rank; of those that are too wide for its backward pass only `lora_place` is used.
 fn variant(rank: usize) -> Variant {
-    let rank = RANKS.into_iter().find(|&compiled| compiled >= rank).unwrap_or(RANKS[0]);
+    let rank = compiled_rank(&RANKS, rank).unwrap_or(RANKS[0]);
     Variant { file: "lora", defines: vec![("RANK", rank.to_string())] }
 }
 
@@ -500,43 +451,4 @@ pub(in crate::backend::cuda) fn files(op: &Op) -> Vec<Variant> {
 /// Two integers of a kernel's struct in one word.
 fn words(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const WORKSPACE: usize = 32 << 20;
-
-    #[test]
-    fn partial_sums_fit_their_workspace_however_many_tokens_there_are() {
-        let shapes: [&[(usize, usize)]; 6] = [
-            &[(14336, 16), (14336, 16)],
-            &[(576, 16), (192, 16), (192, 16)],
-            &[(576, 16)],
-            &[(4096, 32), (1024, 32), (1024, 32)],
-            &[(28672, 64)],
-            &[(8, 8)],
-        ];
-        for sizes in shapes {
-            for rows in [1, 128, 129, 4096, 16_384, 78_475] {
-                for (multiprocessors, shared_bytes) in [(132, 227 << 10), (28, 99 << 10), (108, 163 << 10)] {
-                    let Some(tiling) = Tiling::new(rows, sizes, multiprocessors, shared_bytes, WORKSPACE) else {
-                        // One token's gradient is smaller than that of b, and so are 128 tokens' at large ranks.
-                        assert!(rows == 1 || sizes[0].1 >= 32 || sizes[0].0 == 8, "{rows} rows of {sizes:?}");
-                        continue;
-                    };
-                    assert!(sizes[0].1 < 64, "a pass over the gradient is less than partial sums of rank 64");
-                    assert!(tiling.workspace(sizes) <= WORKSPACE);
-                    assert!(Tiling::shared_bytes(tiling.rank, tiling.tiles) <= shared_bytes);
-                    // Launches begin at whole blocks of tokens.
-                    assert!(tiling.tokens >= rows || tiling.tokens.is_multiple_of(TILE * tiling.tiles));
-                    for &(columns, _) in sizes {
-                        assert!(tiling.strips(columns) * tiling.strip_tiles * TILE >= columns);
-                    }
-                }
-            }
-        }
-        assert!(Tiling::new(128, &[(512, 128)], 132, 227 << 10, WORKSPACE).is_none());
-    }
 }

@@ -7,11 +7,13 @@ pub(super) mod attention;
 mod dropout;
 mod elementwise;
 mod fp8;
+pub(super) mod gated;
 mod head;
 mod linear;
 pub(super) mod lora;
 mod optimizer;
 mod quantized;
+mod tiling;
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -25,6 +27,7 @@ use super::product::{Matrix, Product, Products};
 use super::tables::Tables;
 use crate::backend::EngineError;
 use crate::program::{BufferId, Columns, DType, Op, Workload};
+use tiling::Room;
 
 pub(super) struct Lowering<'a> {
     pub card: &'a Arc<Card>,
@@ -37,6 +40,8 @@ pub(super) struct Lowering<'a> {
     pub kept: &'a mut Vec<DeviceMemory>,
     commands: Vec<Command>,
     mark: Option<Rc<Event>>,
+    /// The activations over which LoRA branches' sums came with the operation before.
+    summed: Option<BufferId>,
     /// Copies on their way, by the buffer in the host's memory.
     copying: HashMap<BufferId, Rc<Event>>,
 }
@@ -61,15 +66,24 @@ impl<'a> Lowering<'a> {
             kept,
             commands: Vec::new(),
             mark: None,
+            summed: None,
             copying: HashMap::new(),
         }
     }
 
-    /// The launches of one operation.
+    /// The launches of one operation; what the next one can have from the same kernel is among them.
     ///
     /// # Errors
     /// When the operation has a shape or type that no kernel here takes.
-    pub fn lower(&mut self, op: &Op) -> Result<Vec<Command>, EngineError> {
+    pub fn lower(&mut self, op: &Op, next: Option<&Op>) -> Result<Vec<Command>, EngineError> {
+        if !self.gated_with_branches(op, next)? {
+            self.lower_alone(op)?;
+            self.summed = None;
+        }
+        Ok(std::mem::take(&mut self.commands))
+    }
+
+    fn lower_alone(&mut self, op: &Op) -> Result<(), EngineError> {
         match op {
             Op::Embedding { .. }
             | Op::EmbeddingBackward { .. }
@@ -94,7 +108,13 @@ impl<'a> Lowering<'a> {
             Op::GradientNorm { gradients, norm } => self.gradient_norm(gradients, *norm)?,
             Op::AdamW { .. } => self.adamw(op)?,
         }
-        Ok(std::mem::take(&mut self.commands))
+        Ok(())
+    }
+
+    /// What kernels that sum for LoRA branches may use.
+    fn room(&self) -> Room {
+        let (multiprocessors, workspace) = (self.card.multiprocessors as usize, self.products.workspace().1 as usize);
+        Room { multiprocessors, shared: self.card.shared_bytes, workspace }
     }
 
     fn launch(

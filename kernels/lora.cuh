@@ -1,0 +1,111 @@
+// What the kernels that sum over activations for LoRA branches share (lora.cu, lora_glu.cu): tiles of activations and the
+// thin matrices beside them in shared memory, and where partial sums lie. RANK (16, 32 or 64, the real rank or more) is a
+// macro. Real ranks and columns are multiples of 8.
+
+constexpr int TILE = 128;
+constexpr int TILE_BYTES = TILE * TILE * 2;
+// Rows of middle and b: padded by 16 bytes, so that matrix loads meet no bank twice.
+constexpr int THIN_STRIDE = 2 * RANK + 16;
+constexpr int B_BYTES = TILE * THIN_STRIDE;
+constexpr int RANK_TILES = RANK / 8;
+
+// One projection's side of the backward pass, and where its partial sums lie.
+struct Part {
+    const bf16* grad_output;
+    const bf16* b;
+    const bf16* middle;
+    bf16* grad_middle;
+    float* partial_middle;  // [strips, tokens, rank]
+    float* partial_b;       // [blocks of tokens, columns, rank]
+    float* grad_b;
+    const float* scale;
+    i64 grad_stride;
+    i64 middle_stride;
+    i64 grad_middle_stride;
+    int columns;
+    int rank;
+    int strips;
+    int strip_tiles;  // column tiles of a strip
+};
+
+struct Parts {
+    Part of[4];
+};
+
+// Byte offset of 16 bytes in a tile of rows of 256 bytes; chunks are swapped within groups of eight, by the row.
+DEVICE u32 swizzled(int row, int chunk) { return row * 256 + ((chunk & 8) | ((chunk ^ row) & 7)) * 16; }
+
+// Rows of `rank` values at `stride` into shared rows of THIN_STRIDE; zeros beyond rank and rows.
+DEVICE void load_thin(u32 to, const bf16* from, i64 stride, int rows, int rank, int count) {
+    constexpr int CHUNKS = RANK / 8;
+    for (int i = threadIdx.x; i < count * CHUNKS; i += blockDim.x) {
+        int row = i / CHUNKS, chunk = i % CHUNKS;
+        bool valid = row < rows && chunk * 8 < rank;
+        copy_async_16(to + row * THIN_STRIDE + chunk * 16, valid ? from + row * stride + chunk * 8 : from, valid);
+    }
+}
+
+// sum += 16 rows of a tile, from `row` on, times the rows of b below it: [16 tokens, columns] [columns, rank].
+DEVICE void add_middle(float (&sum)[RANK_TILES][4], u32 tile, int row, u32 b) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < TILE / 16; i++) {
+        u32 a[4];
+        load_matrix_x4(a, tile + swizzled(row + (lane & 15), 2 * i + (lane >> 4)));
+#pragma unroll
+        for (int r = 0; r < RANK / 16; r++) {
+            u32 f[4];
+            load_b_from_k_rows<THIN_STRIDE>(f, b + i * 16 * THIN_STRIDE + r * 32);
+            multiply_16x8x16(sum[2 * r], a, f[0], f[1]);
+            multiply_16x8x16(sum[2 * r + 1], a, f[2], f[3]);
+        }
+    }
+}
+
+// sum += 16 columns of a tile as rows, from column 16 `strip` on, times the middle of its tokens: [16 columns, tokens]
+// [tokens, rank]. The tile holds the transpose.
+DEVICE void add_b(float (&sum)[RANK_TILES][4], u32 tile, int strip, u32 middle) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < TILE / 16; i++) {
+        u32 a[4];
+        load_matrix_x4_transposed(
+            a, tile + swizzled(i * 16 + (lane & 7) + (lane >> 4) * 8, 2 * strip + ((lane >> 3) & 1)));
+#pragma unroll
+        for (int r = 0; r < RANK / 16; r++) {
+            u32 f[4];
+            load_b_from_k_rows<THIN_STRIDE>(f, middle + i * 16 * THIN_STRIDE + r * 32);
+            multiply_16x8x16(sum[2 * r], a, f[0], f[1]);
+            multiply_16x8x16(sum[2 * r + 1], a, f[2], f[3]);
+        }
+    }
+}
+
+// Sums of 16 rows from `first` on into rows of `rank` values; those at `end` and beyond are left out.
+DEVICE void store_sums(float* to, const float (&sum)[RANK_TILES][4], int first, int end, int rank) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int r = 0; r < RANK_TILES; r++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = first + half * 8 + lane / 4, at = r * 8 + lane % 4 * 2;
+            if (row < end && at < rank)
+                *(float2*)(to + (i64)row * rank + at) = make_float2(sum[r][2 * half], sum[r][2 * half + 1]);
+        }
+}
+
+DEVICE float4 sum_of(const float4* from, i64 apart, int count) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+    for (int i = 0; i < count; i++) {
+        float4 x = from[i * apart];
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    return sum;
+}
+
+// Four sums times `scale` as bf16, beside each other in a row of `rank` values.
+DEVICE void store_middle(bf16* to, i64 stride, i64 quad, int rank, float scale, float4 sum) {
+    uint2 packed = make_uint2(pack_bf16(scale * sum.x, scale * sum.y), pack_bf16(scale * sum.z, scale * sum.w));
+    *(uint2*)(to + quad * 4 / rank * stride + quad * 4 % rank) = packed;
+}
