@@ -1,5 +1,7 @@
 //! The golden runs of PyTorch, Transformers and PEFT in fp32 on a card in bf16 or f16: each loss within 1%, and the fall of
-//! the loss on the same batches within 5%. Gradient norms, for which the design has no figure there, are held to 5%.
+//! the loss on the same batches within 5%. Gradient norms have no agreed bound there: in f16 they are held to 2%, in bf16 to
+//! 8%, for PyTorch's own bf16 runs of SmolLM2's 20 steps, sixteen of them from adapters a thousandth apart, are off by 3.6% to
+//! 7.5% (`tests/reference/bf16_norms.py`).
 //!
 //! SmolLM2 and its golden files are there where `TUNE_SMOLLM2` and `TUNE_ASSETS` say (`tests/gpu.sh` unpacks the model
 //! where it was carried along).
@@ -8,24 +10,30 @@ use tune::backend::Device;
 use tune::data::MicroBatch;
 use tune::model::adapter::Adapter;
 use tune::model::{Method, Model};
-use tune::program::Target;
+use tune::program::{DType, Target};
 use tune::train::Stepper;
 use tune::train::schedule::RateSchedule;
 
 use crate::support::*;
 
 const LOSS: f64 = 1e-2;
-const NORM: f64 = 5e-2;
+const NORM_F16: f64 = 2e-2;
+const NORM_BF16: f64 = 8e-2;
 const FALL: f64 = 5e-2;
 
 /// What is wrong with a run beside the golden one, in one line.
-#[derive(Default)]
 struct Compared {
     loss: f64,
     norm: f64,
+    norm_bound: f64,
 }
 
 impl Compared {
+    fn new(target: &Target) -> Self {
+        let norm_bound = if target.compute == DType::BF16 { NORM_BF16 } else { NORM_F16 };
+        Self { loss: 0.0, norm: 0.0, norm_bound }
+    }
+
     fn add(&mut self, found: (f64, f64), expected: (f64, f64)) {
         // NaN is the worst.
         let apart = |a: f64, b: f64| if a.is_nan() { f64::INFINITY } else { relative(a, b) };
@@ -36,7 +44,7 @@ impl Compared {
     /// Adds what is beyond the bounds to the failures.
     fn check(&self, what: &str, failures: &mut Vec<String>) {
         println!("{what}: losses within {:.1e}, norms within {:.1e}", self.loss, self.norm);
-        for (kind, off, bound) in [("loss", self.loss, LOSS), ("gradient norm", self.norm, NORM)] {
+        for (kind, off, bound) in [("loss", self.loss, LOSS), ("gradient norm", self.norm, self.norm_bound)] {
             if off > bound {
                 failures.push(format!("{what}: a {kind} is off by {off:.1e}, more than {bound:.1e}"));
             }
@@ -64,7 +72,7 @@ pub fn tiny_models_take_their_steps(target: &Target, device: &Device) {
         let mut run = Run::new(Method::Full, 64);
         run.weight_decay = 0.01;
         let mut stepper = run.open(&model, target, device);
-        let mut compared = Compared::default();
+        let mut compared = Compared::new(target);
         for (step, expected) in reference["adamw_5_steps"]["steps"].as_array().expect("steps").iter().enumerate() {
             let result = stepper.update(std::slice::from_ref(&batch), step as u64, 1e-3).expect("an update");
             let number = |key: &str| expected[key].as_f64().expect("a number");
@@ -121,7 +129,7 @@ pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
     let reference = json(&smol.golden.join("lora.json"));
     let (losses, norms) = (numbers(&reference["losses"]), numbers(&reference["grad_norms"]));
     let mut stepper = smol.stepper("lora_init", target, device, |_| ());
-    let mut compared = Compared::default();
+    let mut compared = Compared::new(target);
     let after = numbers(&reference["losses_after_training_same_batches"]);
     let before = smol.losses(&mut stepper, after.len());
     for step in 0..20 {
@@ -140,7 +148,7 @@ pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
         run.weight_decay = 0.1;
         run.max_grad_norm = 0.5;
     });
-    let mut compared = Compared::default();
+    let mut compared = Compared::new(target);
     let after = numbers(&reference["losses_after_training_same_batches"]);
     let before = smol.losses(&mut stepper, after.len());
     let schedule = RateSchedule::new(tune::spec::Schedule::Cosine, 3.0, 10);
@@ -157,7 +165,7 @@ pub fn smollm2_takes_its_steps(target: &Target, device: &Device) -> bool {
     let reference = json(&smol.golden.join("full.json"));
     let (losses, norms) = (numbers(&reference["losses"]), numbers(&reference["grad_norms"]));
     let mut stepper = Run::new(Method::Full, 256).open(&smol.model, target, device);
-    let mut compared = Compared::default();
+    let mut compared = Compared::new(target);
     for step in 0..5 {
         let result = stepper.update(&[smol.batch(step)], step as u64, 1e-5).expect("an update");
         compared.add((result.loss, result.grad_norm), (losses[step], norms[step]));
