@@ -607,6 +607,9 @@ fn gated_branches(target: &Target, cases: &mut Vec<Case>) {
         (530, 200, 64, DType::BF16, Activation::GeluTanh, rank(32)),
         (130, 1536, 192, DType::F32, Activation::Silu, rank(24)),
         (1100, 648, 64, DType::BF16, Activation::Silu, rank(16)),
+        // A block of a large card works through more than one tile of these.
+        (1100, 2056, 8, DType::BF16, Activation::Silu, rank(16)),
+        (1100, 3464, 16, DType::BF16, Activation::GeluTanh, rank(32)),
         (130, 300, 64, DType::BF16, Activation::Silu, rank(4)),
         (257, 256, 64, DType::BF16, Activation::Silu, rank(64)),
         (130, 256, 64, DType::BF16, Activation::Silu, Parts { dropout: 0.1, ..rank(16) }),
@@ -617,14 +620,11 @@ fn gated_branches(target: &Target, cases: &mut Vec<Case>) {
     table.into_iter().for_each(|row| gated_row(target, row, cases));
 }
 
-/// The same in sizes at which a block of a large card works through several tiles, of tokens and of columns, and more tokens
-/// than one launch has room for.
+/// The same with four tiles of tokens a block, and with more tokens than one launch has room for.
 pub fn wide_gated_branches(target: &Target) -> Vec<Case> {
     let rank = |rank| Parts { rank: Some(rank), ..GATED };
     let mut cases = Vec::new();
     for row in [
-        (1100, 2056, 8, DType::BF16, Activation::Silu, rank(16)),
-        (1100, 3464, 16, DType::BF16, Activation::GeluTanh, rank(32)),
         (1100, 5640, 8, DType::BF16, Activation::Silu, rank(16)),
         (1100, 28_680, 8, DType::BF16, Activation::Silu, rank(24)),
     ] {
