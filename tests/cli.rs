@@ -63,6 +63,19 @@ fn a_value_out_of_range_or_of_the_wrong_type_names_key_value_and_what_is_allowed
 }
 
 #[test]
+fn the_device_has_a_flag_of_its_own() {
+    let bench = Bench::new();
+    let (model, data) = (bench.model(), bench.data());
+    let output = bench.tune(&["train", "--model", &model, "--data", &data, "--device", "gpu"]);
+    refused(&bench, &output, &["engine.device = \"gpu\"", "auto, cpu, wgpu, wgpu:N, cuda, cuda:N"]);
+    assert!(!output.err.contains("--set"), "{}", output.err);
+    let output = bench.tune(&["plan", "--model", &model, "--data", &data, "--device", "cpu"]);
+    assert!(output.code == 0 && output.out.contains("(asked for)"), "{}", output.all());
+    let output = bench.tune(&["new", "--device", "wgpu:1", "--out", "-"]);
+    assert!(output.code == 0 && output.out.contains("device = \"wgpu:1\""), "{}", output.all());
+}
+
+#[test]
 fn what_no_engine_can_do_is_refused_by_name() {
     let bench = Bench::new();
     let cpu = "engine.device=cpu";

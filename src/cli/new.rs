@@ -21,6 +21,9 @@ pub struct Arguments {
     /// Data: a file or a folder
     #[arg(long, value_name = "D")]
     data: Option<String>,
+    /// Device: auto, cpu, wgpu, wgpu:N, cuda, cuda:N
+    #[arg(long)]
+    device: Option<String>,
     /// Set a key of the file, as train.learning_rate=1e-4; may be given again
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<String>,
@@ -42,10 +45,10 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         file: None,
         model: arguments.model.clone(),
         data: arguments.data.clone(),
+        device: arguments.device.clone(),
         settings: arguments.settings.clone(),
     };
-    let anything = arguments.model.is_some() || arguments.data.is_some() || !arguments.settings.is_empty();
-    let mut spec = if anything { request.spec()? } else { RunSpec::default() };
+    let mut spec = if request.asks() { request.spec()? } else { RunSpec::default() };
     let notes = fit(&mut spec, &request)?;
     let text = spec.commented();
     if to_output {
