@@ -24,7 +24,7 @@ pub struct Arguments {
     #[command(flatten)]
     request: Request,
     /// Plan for a card that is not here, as "RTX 4090"
-    #[arg(long, value_name = "NAME", conflicts_with = "measure")]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["measure", "device"])]
     card: Option<String>,
     /// Open the device and time every operation
     #[arg(long)]
