@@ -43,6 +43,12 @@ fn every_operation_agrees_with_its_twin() {
     twin::check_engine(&target, &open, &filter);
 }
 
+#[test]
+fn a_loss_that_is_no_number_is_not_left_out() {
+    let Some(target) = card() else { return };
+    twin::check_losses_that_are_no_number(&target, &open);
+}
+
 /// Kernels that take a gated product together with the next operation's branches, in more than one tile a block.
 #[test]
 fn wide_gated_products_agree_with_their_twins() {

@@ -20,6 +20,12 @@ fn every_operation_agrees_with_its_twin() {
 }
 
 #[test]
+fn a_loss_that_is_no_number_is_not_left_out() {
+    let target = cpu::target().expect("a target");
+    twin::check_losses_that_are_no_number(&target, &open);
+}
+
+#[test]
 fn linear_operations_on_quantized_weights_agree_with_their_twins() {
     let target = cpu::target().expect("a target");
     twin::check_cases(twin::cases::quantized(&target), &target, &open, "");

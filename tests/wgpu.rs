@@ -171,6 +171,7 @@ fn check_twins(options: Options) {
         Ok(Box::new(wgpu::open(plan, weights, &options)?))
     };
     twin::check_engine(&target, &open, "");
+    twin::check_losses_that_are_no_number(&target, &open);
 }
 
 #[test]

@@ -96,12 +96,17 @@ fn choose_wgpu(device: &str, precision: &str, reason: &str) -> Result<Choice, En
     let target = wgpu::target(&options)?;
     // The precision is settled here, so that plan and session agree.
     let options = wgpu::Options { compute: Some(target.compute), ..options };
+    let reason = if wgpu::is_software(&options)? {
+        format!("{reason}, though it runs on the processor")
+    } else {
+        reason.to_string()
+    };
     let reason = match target.compute {
         DType::F16 => format!(
             "{reason}; f16, in which gradients of activations are {} times those of a loss summed over tokens",
             wgpu::HALF_GRADIENT_FACTOR
         ),
-        _ => reason.to_string(),
+        _ => reason,
     };
     Ok(Choice { device: Device::Wgpu(options), target, reason })
 }

@@ -38,6 +38,8 @@ pub(super) struct Graph<'a> {
     pub gradients: DType,
     /// Most tokens that go through an MLP at once where it is computed again.
     pub mlp_tokens: usize,
+    /// Those of which its widest activation is one allocation, at most.
+    pub mlp_limit: usize,
     pub adapter: Option<&'a AdapterOptions>,
     pub trained: Trained,
 }
@@ -65,6 +67,14 @@ pub(super) struct LinearGroup {
     middle: Option<BufferId>,
 }
 
+/// Tokens of which the gate and up values of an MLP fit one allocation of a target: where that is not all, a multiple of 128,
+/// so that parts of activations begin where a target's placements may.
+fn mlp_limit(config: &ModelConfig, target: &Target) -> usize {
+    let row = target.compute.bytes(&[2 * config.intermediate_size]).max(1);
+    let fitting = usize::try_from(target.largest_segment / row).unwrap_or(usize::MAX);
+    if fitting < 128 { fitting.max(1) } else { fitting / 128 * 128 }
+}
+
 impl<'a> Graph<'a> {
     pub fn new(
         config: &'a ModelConfig,
@@ -80,6 +90,7 @@ impl<'a> Graph<'a> {
             weights,
             gradients: target.gradients,
             mlp_tokens: target.mlp_tokens,
+            mlp_limit: mlp_limit(config, target),
             adapter,
             trained,
         }

@@ -177,13 +177,14 @@ impl Graph<'_> {
         self.builder.push(name, op);
     }
 
-    /// The layer's forward pass. Where nothing of the MLP is kept, it works through the tokens in chunks if the target
-    /// asks for it.
+    /// The layer's forward pass. The MLP works through the tokens in chunks where its activations would be beyond an
+    /// allocation, and where nothing of it is kept if the target asks for it.
     pub fn layer(&mut self, layer: usize, stream: Stream, keys: Keys, pass: Pass) -> (Stream, Saved) {
         let training = pass != Pass::Inference;
         let mut saved = self.attention_block(layer, stream, keys, pass, None);
         let tokens = self.rows(saved.norm2.output);
         let most = if training && !saved.recompute.runs_again() { tokens } else { self.mlp_tokens };
+        let most = most.min(self.mlp_limit);
         let name = format!("layers.{layer}.mlp.down");
         let delta = self.activation(&name, tokens, self.config.hidden_size);
         let mut first = 0;

@@ -183,8 +183,13 @@ pub fn fp8_sizes(workload: &Workload) -> Fp8Sizes {
 }
 
 /// Scratch of an engine that multiplies through libraries: unpacked weights, dropped-out inputs, partial sums, weights on
-/// their way in. Zero for other engines.
+/// their way in. Of one that unpacks weights by itself, the largest of them, or what it binds of it at once. Zero for others.
 pub fn scratch_bytes(workload: &Workload, target: &Target) -> u64 {
+    if target.unpacks_apart() {
+        let quantized = workload.of_kind(Kind::Weight).filter(|(_, buffer)| buffer.dtype.is_quantized());
+        let unpacked = quantized.map(|(_, buffer)| target.compute.bytes(&buffer.shape).min(target.largest_segment));
+        return aligned(unpacked.max().unwrap_or(0), target.alignment);
+    }
     if !target.unpacks_weights() {
         return 0;
     }
@@ -255,6 +260,10 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
             continue;
         }
         let taken = aligned(spare.bytes(&workload, id, buffer.dtype), target.alignment);
+        if taken > target.largest_buffer {
+            let (name, limit) = (buffer.name.clone(), target.largest_buffer);
+            return Err(PlanError::BufferTooLarge { name, bytes: taken, limit, target: target.name });
+        }
         *bytes.entry(buffer.kind.name()).or_default() += taken;
     }
     let mut programs = Vec::new();

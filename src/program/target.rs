@@ -32,6 +32,9 @@ pub struct Target {
     pub memory: Option<u64>,
     /// Largest arena segment, bytes.
     pub largest_segment: u64,
+    /// Largest buffer of its own that weights or states may take, bytes.
+    #[serde(default = "unlimited")]
+    pub largest_buffer: u64,
     /// Alignment of every placement, bytes.
     pub alignment: u64,
     /// Type of activations and their gradients.
@@ -59,6 +62,11 @@ pub struct Target {
     pub mlp_tokens: usize,
 }
 
+/// Of targets written before there was such a limit.
+fn unlimited() -> u64 {
+    u64::MAX
+}
+
 /// The engine of a written target, which names one of this program's.
 fn engine<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<EngineName, D::Error> {
     let name = String::deserialize(deserializer)?;
@@ -81,6 +89,11 @@ impl Target {
     /// Whether products take quantized weights only unpacked: a pass over them in each operation.
     pub fn unpacks_weights(&self) -> bool {
         self.engine == "cuda"
+    }
+
+    /// Whether quantized weights are unpacked one at a time into a buffer of their own.
+    pub fn unpacks_apart(&self) -> bool {
+        self.engine == "wgpu"
     }
 
     /// Whether a product takes LoRA branches beside its factors, in columns that their rows have to spare.

@@ -86,13 +86,18 @@ impl TrainError {
             {
                 format!("any one of these would fit: {}", fits.join("; "))
             }
+            TrainError::Planning(planning::PlanningError::Plan(PlanError::BufferTooLarge { .. })) => {
+                "lower data.max_length, for a row is computed whole; weights of that size need another device".into()
+            }
             TrainError::Planning(planning::PlanningError::Plan(_)) => {
                 "lower data.max_length or method.rank, or set engine.recompute = \"all\"".into()
             }
             TrainError::Data(error) => error.hint(),
             TrainError::Write { .. } => "free space on that disk, then `tune resume` the run".into(),
             TrainError::NonFinite { .. } => {
-                "lower train.learning_rate or look at the rows named, then `tune resume` the run".into()
+                "lower train.learning_rate, set engine.precision = \"f32\" where the run is in f16, or look at the rows named; \
+                 then `tune resume` the run, or start it again"
+                    .into()
             }
             TrainError::Engine(EngineError::OutOfMemory { .. }) => {
                 "end other programs that use the device, or set engine.vram, then `tune resume` the run".into()

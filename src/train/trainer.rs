@@ -424,7 +424,7 @@ impl Trainer<'_> {
             self.controls.emit(Event::Eval { step, loss, perplexity: loss.exp(), tokens });
             let this = Best { step, loss };
             self.state.last_eval = Some(this);
-            if self.state.best.is_none_or(|best| loss < best.loss) {
+            if loss.is_finite() && self.state.best.is_none_or(|best| loss < best.loss) {
                 self.state.best = Some(this);
                 self.state.stale_evaluations = 0;
                 improved = step > 0;
@@ -532,8 +532,15 @@ impl Trainer<'_> {
         if self.saved_at == Some(self.state.step) {
             return;
         }
-        if let Err(error) = self.save() {
-            self.warn_about_disk(format!("no checkpoint at step {}: {error}", self.state.step));
+        match self.save() {
+            Ok(_) => {}
+            // The device is what failed: the next update says so and ends the run.
+            Err(error @ TrainError::Engine(_)) => self.controls.emit(Event::Warning {
+                rule: "checkpoint".into(),
+                message: format!("no checkpoint at step {}: {error}", self.state.step),
+                advice: "`tune resume` goes on from the checkpoint before, which is whole".into(),
+            }),
+            Err(error) => self.warn_about_disk(format!("no checkpoint at step {}: {error}", self.state.step)),
         }
     }
 

@@ -59,6 +59,28 @@ pub fn check_cases(cases: Vec<Case>, target: &Target, open: Opener, filter: &str
     println!("{} cases agree with their twins on {}", cases.len(), target.name);
 }
 
+/// A loss that is no number is none in the sum either.
+///
+/// # Panics
+/// When it is left out.
+pub fn check_losses_that_are_no_number(target: &Target, open: Opener) {
+    let is_case = |case: &Case| case.name.starts_with("linear_cross_entropy 70x64");
+    let mut case = cases::all(target).into_iter().find(is_case).expect("a case of evaluation");
+    let find = |name: &str| {
+        let found = case.workload.buffers.iter().position(|buffer| buffer.name.ends_with(name));
+        BufferId(found.expect("a buffer") as u32)
+    };
+    let (input, sum) = (find("input"), find("loss_sum"));
+    // The first token with a target.
+    case.inputs[input.index()][3 * 64] = f64::NAN;
+    let plan = plan(case.workload.clone(), target.clone()).expect("a plan");
+    let mut session = open(plan, Arc::new(Checkpoint::new(&case))).expect("a session");
+    let written = outputs(&case, session.as_mut()).expect("it runs");
+    let bytes = &written.iter().find(|(id, _)| *id == sum).expect("it is written").1;
+    let found = from_bytes(DType::F32, "loss_sum", bytes, 1)[0];
+    assert!(found.is_nan(), "the sum of losses is {found}");
+}
+
 /// What is wrong with the engine's results, one line a buffer.
 pub fn check_case(case: &Case, target: &Target, open: Opener) -> Vec<String> {
     match run_case(case, target, open) {

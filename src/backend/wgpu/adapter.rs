@@ -263,6 +263,13 @@ const USABLE: f64 = 0.93;
 
 /// Bytes of an adapter's own memory: of the largest heap that Vulkan calls local to the device. None where it is software, and from
 /// Metal and DX12, which are not asked.
+#[cfg(target_vendor = "apple")]
+fn memory(_adapter: &wgpu::Adapter) -> Option<u64> {
+    None
+}
+
+/// As above.
+#[cfg(not(target_vendor = "apple"))]
 fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
     /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`.
     const DEVICE_LOCAL: u32 = 1;
@@ -274,6 +281,14 @@ fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
     };
     let heaps = &properties.memory_heaps[..properties.memory_heap_count as usize];
     heaps.iter().filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0).map(|heap| heap.size).max()
+}
+
+/// Whether the adapter runs on the processor.
+///
+/// # Errors
+/// When there is no such adapter.
+pub fn is_software(options: &Options) -> Result<bool, EngineError> {
+    Ok(select(options)?.get_info().device_type == wgpu::DeviceType::Cpu)
 }
 
 /// Largest binding, in whole 256-byte units.
@@ -306,6 +321,7 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
         engine: ENGINE,
         memory: memory(&adapter).filter(|_| !software).map(|bytes| (bytes as f64 * USABLE) as u64),
         largest_segment: largest,
+        largest_buffer: abilities.limits.max_buffer_size,
         alignment: 256,
         compute: abilities.compute,
         trainable: DType::F32,

@@ -14,7 +14,7 @@ use super::tuning;
 const CHECKSUM: usize = 32;
 
 /// Shaders that are chosen between.
-const CHOSEN: [&str; 14] = [
+const CHOSEN: [&str; 16] = [
     "matmul",
     "matmul_cooperative",
     "matmul_cooperative_load",
@@ -29,23 +29,28 @@ const CHOSEN: [&str; 14] = [
     "attention_backward_query_cooperative",
     "attention_backward_tiles",
     "attention_backward_key_value_cooperative",
+    "rms_norm",
+    "workgroup_reduce",
 ];
 
 /// The file of choices.
 fn choices_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
     let folders = directories::ProjectDirs::from("", "", "tune")?;
-    let adapter = format!("{} {} {:?} {} {}", info.vendor, info.device, info.backend, info.driver, info.driver_info);
-    let name = choices_name(&adapter, CHOSEN.iter().filter_map(|name| source(name)));
-    Some(folders.cache_dir().join("wgpu").join(name))
+    Some(folders.cache_dir().join("wgpu").join(format!("choices-{}", made_with(info))))
 }
 
-/// Named for the adapter with its driver, and for the shaders: others are other candidates.
-fn choices_name<'a>(adapter: &str, shaders: impl Iterator<Item = &'a str>) -> String {
+/// What choices are made with: adapter, driver and shaders, as a digest.
+pub fn made_with(info: &wgpu::AdapterInfo) -> String {
+    let adapter = format!("{} {} {:?} {} {}", info.vendor, info.device, info.backend, info.driver, info.driver_info);
+    digest_of(&adapter, CHOSEN.iter().filter_map(|name| source(name)))
+}
+
+/// Of the adapter with its driver, and of the shaders: others are other candidates.
+fn digest_of<'a>(adapter: &str, shaders: impl Iterator<Item = &'a str>) -> String {
     let mut digest = Sha256::new();
     digest.update(adapter.as_bytes());
     shaders.for_each(|text| digest.update(text.as_bytes()));
-    let name: String = digest.finalize().as_slice()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("choices-{name}")
+    digest.finalize().as_slice()[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What was measured on this adapter before.
@@ -119,7 +124,7 @@ mod tests {
 
     #[test]
     fn choices_are_kept_for_an_adapter_its_driver_and_the_shaders() {
-        let name = |adapter: &str, shaders: [&'static str; 2]| choices_name(adapter, shaders.into_iter());
+        let name = |adapter: &str, shaders: [&'static str; 2]| digest_of(adapter, shaders.into_iter());
         let known = name("4318 9008 Vulkan NVIDIA 580.159.04", ["a", "b"]);
         assert_eq!(known, name("4318 9008 Vulkan NVIDIA 580.159.04", ["a", "b"]));
         assert_ne!(known, name("4318 9008 Vulkan NVIDIA 590.1", ["a", "b"]));

@@ -65,6 +65,7 @@ struct Lowered {
     unpacked: u64,
     gradient_scale: Option<GradientScale>,
     questions: Vec<Question>,
+    used: Choices,
 }
 
 fn lower(plan: &Plan, storage: &Storage, facts: &Facts, choices: &Choices) -> Result<Lowered, EngineError> {
@@ -79,8 +80,8 @@ fn lower(plan: &Plan, storage: &Storage, facts: &Facts, choices: &Choices) -> Re
         }
         ranges.push((start..lowering.dispatches.len(), steps));
     }
-    let Lowering { kernels, dispatches, scratch, unpacked, gradient_scale, questions, .. } = lowering;
-    Ok(Lowered { kernels, dispatches, ranges, scratch, unpacked, gradient_scale, questions })
+    let Lowering { kernels, dispatches, scratch, unpacked, gradient_scale, questions, used, .. } = lowering;
+    Ok(Lowered { kernels, dispatches, ranges, scratch, unpacked, gradient_scale, questions, used })
 }
 
 impl Memory {
@@ -114,7 +115,7 @@ impl WgpuSession {
         let gpu = Gpu::shared(options)?;
         let software = gpu.info.device_type == wgpu::DeviceType::Cpu;
         let mut choices = if software { Choices::new() } else { cache::load_choices(&gpu.info) };
-        choices.extend(table.map(tuning::parse).unwrap_or_default());
+        choices.extend(table.map(|table| tuning::given(table, &cache::made_with(&gpu.info))).unwrap_or_default());
         if software {
             return Self::open_on(gpu, plan, weights, choices, false);
         }
@@ -166,8 +167,8 @@ impl WgpuSession {
                 None => Ok(buffer),
                 Some(_) => {
                     let what = format!(
-                        "{label} of {size} bytes, after {} others; use a smaller micro-batch, more \
-                         recomputation, or quantized weights",
+                        "{label} of {size} bytes, after {} others; lower data.max_length, set engine.recompute = \"all\" \
+                         or method.kind = \"qlora\"",
                         allocated - size
                     );
                     Err(EngineError::OutOfMemory { engine: ENGINE, what })
@@ -207,7 +208,7 @@ impl WgpuSession {
             }
             lowered = lower(&plan, &storage, &facts, &choices)?;
         }
-        let Lowered { kernels, dispatches, ranges, scratch, gradient_scale, .. } = lowered;
+        let Lowered { kernels, dispatches, ranges, scratch, gradient_scale, used, .. } = lowered;
         memory.scratch = all("scratch", &[scratch])?.pop();
         let (packed, offsets) = pack(&dispatches);
         let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
@@ -240,7 +241,7 @@ impl WgpuSession {
             programs,
             staging: None,
             gradient_factor: gradient_scale.map(|scale| scale.factor),
-            choices,
+            choices: used,
             measurements,
             allocated,
         };
@@ -387,7 +388,7 @@ impl Session for WgpuSession {
     }
 
     fn tuning(&self) -> Option<String> {
-        (!self.choices.is_empty()).then(|| tuning::text(&self.choices))
+        (!self.choices.is_empty()).then(|| tuning::table(&self.choices, &cache::made_with(&self.gpu.info)))
     }
 
     fn allocated_bytes(&self) -> u64 {

@@ -377,6 +377,21 @@ pub fn text(choices: &Choices) -> String {
     choices.iter().map(|(key, name)| format!("{key} = {name}\n")).collect()
 }
 
+/// The choices with what they were made with, for a later session to repeat.
+pub fn table(choices: &Choices, made_with: &str) -> String {
+    format!("{MADE_WITH}{made_with}\n{}", text(choices))
+}
+
+/// Reads what [`table`] wrote; nothing where it was made with something else: choices are proved on the adapter that they
+/// run on.
+pub fn given(table: &str, made_with: &str) -> Choices {
+    let (first, choices) = table.split_once('\n').unwrap_or_default();
+    if first.strip_prefix(MADE_WITH) == Some(made_with) { parse(choices) } else { Choices::new() }
+}
+
+/// How a table begins.
+const MADE_WITH: &str = "made with ";
+
 /// Reads what [`text`] wrote; lines that are none are left aside.
 pub fn parse(text: &str) -> Choices {
     text.lines().filter_map(|line| line.split_once(" = ")).map(|(key, name)| (key.into(), name.into())).collect()
@@ -390,6 +405,14 @@ mod tests {
     fn choices_are_lines() {
         let choices = Choices::from([("NT 4x5x6 f16 f32".to_string(), "128x128x32 threads 2x2".to_string())]);
         assert_eq!(parse(&text(&choices)), choices);
+    }
+
+    #[test]
+    fn a_table_counts_only_for_what_it_was_made_with() {
+        let choices = Choices::from([("NT 4x5x6 f16 f32".to_string(), "128x128x32 threads 2x2".to_string())]);
+        assert_eq!(given(&table(&choices, "one"), "one"), choices);
+        assert_eq!(given(&table(&choices, "one"), "another"), Choices::new());
+        assert_eq!(given(&text(&choices), "one"), Choices::new());
     }
 
     #[test]

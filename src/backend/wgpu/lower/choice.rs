@@ -45,6 +45,7 @@ impl Lowering<'_> {
     ) -> usize {
         let chosen = self.choices.get(&key).and_then(|name| candidates.iter().position(|known| known == name));
         if let Some(chosen) = chosen {
+            self.used.insert(key, candidates[chosen].clone());
             return chosen;
         }
         let open = self.facts.measures && candidates.len() > 1;

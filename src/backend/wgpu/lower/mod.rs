@@ -82,6 +82,8 @@ pub struct Lowering<'a> {
     pub unpacked: u64,
     pub gradient_scale: Option<GradientScale>,
     choices: &'a Choices,
+    /// Choices that were asked for.
+    pub used: Choices,
     /// What was decided without a measurement.
     pub questions: Vec<Question>,
 }
@@ -111,6 +113,7 @@ impl<'a> Lowering<'a> {
             unpacked: 0,
             gradient_scale,
             choices,
+            used: Choices::new(),
             questions: Vec::new(),
         }
     }
@@ -204,14 +207,15 @@ impl<'a> Lowering<'a> {
         }
         if let Some(limit) = self.facts.loop_limit.filter(|&limit| call.iterations > limit) {
             return Err(unsupported(format!(
-                "{file} takes {} iterations: this software adapter ends loops after {limit}; choose a smaller \
-                 micro-batch or shorter rows",
+                "{file} takes {} iterations: this software adapter ends loops after {limit}; lower data.max_length, or \
+                 use the cpu engine, which is faster here",
                 call.iterations
             )));
         }
         if let Some(&(_, _, bytes)) = call.bindings.iter().find(|binding| binding.2 > self.facts.binding) {
             return Err(unsupported(format!(
-                "{file} on a buffer of {bytes} bytes: the adapter binds at most {}; choose a smaller micro-batch",
+                "{file} on a buffer of {bytes} bytes: the adapter binds at most {}; lower data.max_length (or a chat's \
+                 --context), or choose another device",
                 self.facts.binding
             )));
         }
