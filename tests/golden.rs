@@ -80,17 +80,21 @@ fn tiny_models_give_the_golden_gradients_however_much_is_recomputed() {
     for_each_tiny(|family, folder, golden| {
         let model = Model::open(folder, 0).unwrap();
         let batch = micro_batch(&golden.rows("input_ids"), &golden.rows("labels"), None, 64);
-        // The last: MLPs in chunks, the tail of which is shorter.
-        for (recompute, mlp_tokens) in [
-            (Recompute::None, usize::MAX),
-            (Recompute::Cheap, usize::MAX),
-            (Recompute::All, usize::MAX),
-            (Recompute::All, 25),
+        // MLPs in chunks, the tail of which is shorter, where that is asked for, and where an allocation has no more room.
+        for (recompute, mlp_tokens, largest_segment) in [
+            (Recompute::None, usize::MAX, u64::MAX),
+            (Recompute::Cheap, usize::MAX, u64::MAX),
+            (Recompute::All, usize::MAX, u64::MAX),
+            (Recompute::All, 25, u64::MAX),
+            (Recompute::None, usize::MAX, 40_000),
+            (Recompute::Cheap, usize::MAX, 40_000),
         ] {
             let choice = choice();
             let mut run = Run::new(Method::Full, 64);
             run.recompute = recompute;
-            let target = Target { mlp_tokens, ..choice.target };
+            let largest_segment = largest_segment.min(choice.target.largest_segment);
+            let logits_bytes = choice.target.logits_bytes.min(largest_segment);
+            let target = Target { mlp_tokens, largest_segment, logits_bytes, ..choice.target };
             let mut stepper = run.open(&model, &target, &choice.device);
             let loss = stepper.accumulate(std::slice::from_ref(&batch), 0).unwrap();
             let error = relative(loss, golden.values("loss")[0]);
