@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
 use super::kernel::Kernel;
-use super::lower::{Choices, Dispatch, Facts, GradientScale, Lowering, Question, SOFTWARE_LOOP_LIMIT};
+use super::lower::{Choices, Dispatch, Facts, Lowering, Question, SOFTWARE_LOOP_LIMIT};
 use super::storage::{Place, Storage};
 use super::tuning::Measurement;
 use super::{cache, tables, tuning, upload};
@@ -41,7 +41,6 @@ pub struct WgpuSession {
     compiled: Vec<Arc<Compiled>>,
     programs: Vec<Prepared>,
     staging: Option<wgpu::Buffer>,
-    gradient_factor: Option<f32>,
     choices: Choices,
     measurements: Vec<Measurement>,
     allocated: u64,
@@ -63,7 +62,6 @@ struct Lowered {
     ranges: Vec<(Range<usize>, Vec<usize>)>,
     scratch: u64,
     unpacked: u64,
-    gradient_scale: Option<GradientScale>,
     questions: Vec<Question>,
     used: Choices,
 }
@@ -80,8 +78,8 @@ fn lower(plan: &Plan, storage: &Storage, facts: &Facts, choices: &Choices) -> Re
         }
         ranges.push((start..lowering.dispatches.len(), steps));
     }
-    let Lowering { kernels, dispatches, scratch, unpacked, gradient_scale, questions, used, .. } = lowering;
-    Ok(Lowered { kernels, dispatches, ranges, scratch, unpacked, gradient_scale, questions, used })
+    let Lowering { kernels, dispatches, scratch, unpacked, questions, used, .. } = lowering;
+    Ok(Lowered { kernels, dispatches, ranges, scratch, unpacked, questions, used })
 }
 
 impl Memory {
@@ -208,7 +206,7 @@ impl WgpuSession {
             }
             lowered = lower(&plan, &storage, &facts, &choices)?;
         }
-        let Lowered { kernels, dispatches, ranges, scratch, gradient_scale, used, .. } = lowered;
+        let Lowered { kernels, dispatches, ranges, scratch, used, .. } = lowered;
         memory.scratch = all("scratch", &[scratch])?.pop();
         let (packed, offsets) = pack(&dispatches);
         let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
@@ -240,7 +238,6 @@ impl WgpuSession {
             compiled,
             programs,
             staging: None,
-            gradient_factor: gradient_scale.map(|scale| scale.factor),
             choices: used,
             measurements,
             allocated,
@@ -249,12 +246,6 @@ impl WgpuSession {
         session.load(weights.as_ref())?;
         tracing::debug!("weights loaded in {:.1} s", begun.elapsed().as_secs_f64());
         Ok(session)
-    }
-
-    /// What gradients of activations are multiplied by, times the loss scale, in f16 programs: their values inside
-    /// the engine are `factor / loss_scale` times the true ones. None where they are true.
-    pub fn gradient_factor(&self) -> Option<f32> {
-        self.gradient_factor
     }
 
     /// What was measured of each candidate kernel when the session opened; nothing where choices were known.
