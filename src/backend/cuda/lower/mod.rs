@@ -141,6 +141,11 @@ impl<'a> Lowering<'a> {
         if grid[0] > i32::MAX as usize || grid[1] > 65_535 || grid[2] > 65_535 {
             return Err(unsupported(format!("{entry} would need a grid of {grid:?} blocks")));
         }
+        if shared_bytes > self.card.shared_bytes {
+            let has = self.card.shared_bytes;
+            let what = format!("{entry} takes {shared_bytes} bytes of shared memory a block, this card has {has}");
+            return Err(unsupported(format!("{what}; use --device wgpu")));
+        }
         if shared_bytes > 48 << 10 {
             use super::driver::During;
             let attribute = cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
