@@ -281,8 +281,15 @@ type LinearRow<'a> = (usize, usize, &'a [usize], DType, Parts);
 fn linear_table(target: &Target, table: &[LinearRow], cases: &mut Vec<Case>) {
     for &(tokens, inputs, outputs, dtype, parts) in table {
         let label = format!("{tokens}x{inputs} to {outputs:?} {} {}", dtype.name(), describe(parts));
-        cases.push(linear_forward(target, &label, tokens, inputs, outputs, dtype, parts));
-        cases.push(linear_backward(target, &label, tokens, inputs, outputs, dtype, parts));
+        let mut case = Writer::new(target, format!("linear {label}"));
+        let input = case.activation("input", &[tokens, inputs]);
+        let op = linear_op(&mut case, input, (tokens, inputs), outputs, dtype, parts);
+        cases.push(case.finish(op));
+
+        let mut case = Writer::new(target, format!("linear_backward {label}"));
+        let grad_output = case.activation("grad_output", &[tokens, outputs.iter().sum()]);
+        let op = linear_backward_op(&mut case, grad_output, (tokens, inputs), outputs, dtype, parts);
+        cases.push(case.finish(op));
     }
 }
 
@@ -346,21 +353,6 @@ fn dropout(case: &mut Writer, parts: Parts, index: usize) -> Option<Dropout> {
     (parts.dropout > 0.0).then_some(Dropout { probability: parts.dropout, key, stream })
 }
 
-fn linear_forward(
-    target: &Target,
-    label: &str,
-    tokens: usize,
-    inputs: usize,
-    outputs: &[usize],
-    dtype: DType,
-    parts: Parts,
-) -> Case {
-    let mut case = Writer::new(target, format!("linear {label}"));
-    let input = case.activation("input", &[tokens, inputs]);
-    let op = linear_op(&mut case, input, (tokens, inputs), outputs, dtype, parts);
-    case.finish(op)
-}
-
 fn linear_op(
     case: &mut Writer,
     input: BufferId,
@@ -390,21 +382,6 @@ fn linear_op(
         column += width;
     }
     Op::Linear { input, projections }
-}
-
-fn linear_backward(
-    target: &Target,
-    label: &str,
-    tokens: usize,
-    inputs: usize,
-    outputs: &[usize],
-    dtype: DType,
-    parts: Parts,
-) -> Case {
-    let mut case = Writer::new(target, format!("linear_backward {label}"));
-    let grad_output = case.activation("grad_output", &[tokens, outputs.iter().sum()]);
-    let op = linear_backward_op(&mut case, grad_output, (tokens, inputs), outputs, dtype, parts);
-    case.finish(op)
 }
 
 fn linear_backward_op(
