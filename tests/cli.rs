@@ -251,6 +251,18 @@ fn a_plan_is_made_without_a_run_and_says_every_figure() {
 }
 
 #[test]
+fn a_reader_that_has_enough_is_no_failure() {
+    let bench = Bench::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let (model, data) = (bench.model(), bench.data());
+    let mut command = bench.command(&["plan", "--model", &model, "--data", &data, "--device", "cpu"]);
+    let output = command.stdout(writer).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !said.contains("panicked"), "{}: {said}", output.status);
+}
+
+#[test]
 fn a_plan_that_does_not_fit_is_refused_before_anything_starts() {
     let bench = Bench::new();
     let output = train(&bench, &["device=cpu", "vram=10KiB"]);

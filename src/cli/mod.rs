@@ -93,6 +93,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         }
         return tui::run(cli.file).unwrap_or_else(|error| report::report(&error));
     };
+    report::end_with_the_reader();
     let result = match verb {
         Verb::Demo(arguments) => demo::run(arguments),
         Verb::New(arguments) => new::run(arguments),

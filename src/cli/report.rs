@@ -109,3 +109,15 @@ pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
         |error: &(dyn std::error::Error + 'static)| error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
     error.chain().filter_map(kind).any(|kind| kind == std::io::ErrorKind::BrokenPipe)
 }
+
+/// Ends the program without a word where `println!` finds that whoever read standard output has enough, as `| head` does.
+pub fn end_with_the_reader() {
+    let others = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let closed = |text: &str| text.starts_with("failed printing to stdout") && text.contains("Broken pipe");
+        if panic.payload().downcast_ref::<String>().is_some_and(|text| closed(text)) {
+            std::process::exit(i32::from(crate::run::worker::exit::DONE));
+        }
+        others(panic);
+    }));
+}
