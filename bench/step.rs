@@ -276,7 +276,9 @@ fn search(
     update_tokens: usize,
 ) -> anyhow::Result<Plan> {
     let recompute = RecomputeChoice::Auto;
-    let search = Search { config, options, target, longest_row, update_tokens, recompute, host_optimizer: None };
+    let (target, device_memory, host_optimizer) = (target.clone(), None, None);
+    let search =
+        Search { config, options, target, device_memory, longest_row, update_tokens, recompute, host_optimizer };
     let (plan, choice) = search.run()?;
     println!("{}", serde_json::to_string(&choice)?);
     Ok(plan)

@@ -4,8 +4,17 @@
 
 use tune::backend::cuda::compile::{Define, SOURCES, Source, compile, compiler_version};
 use tune::backend::cuda::library::{self, Library};
+use tune::backend::cuda::{backward_sizes, forward_sizes};
 
-const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
+/// With the compute capability of each.
+const ARCHITECTURES: [(&str, (i32, i32)); 6] = [
+    ("sm_80", (8, 0)),
+    ("sm_86", (8, 6)),
+    ("sm_89", (8, 9)),
+    ("sm_90a", (9, 0)),
+    ("sm_100", (10, 0)),
+    ("sm_120", (12, 0)),
+];
 
 fn attention(head_dim: usize, window: usize, softcap: f32, sizes: &[(&'static str, usize)]) -> Vec<Define> {
     let mut defines: Vec<Define> = vec![
@@ -21,26 +30,13 @@ fn attention(head_dim: usize, window: usize, softcap: f32, sizes: &[(&'static st
 }
 
 /// What a file is compiled with: attention for each size of head.
-fn variants(source: &Source, architecture: &str) -> Vec<Vec<Define>> {
-    let small = |d: usize| d <= 128;
+fn variants(source: &Source, (architecture, capability): (&str, (i32, i32))) -> Vec<Vec<Define>> {
     let mut variants = Vec::new();
-    for (d, window, softcap) in [(64, 0, 0.0), (80, 100, 30.0), (128, 0, 0.0), (256, 0, 0.0)] {
+    for (d, window, softcap) in [(64, 0, 0.0), (80, 100, 30.0), (128, 0, 0.0), (192, 0, 0.0), (256, 0, 0.0)] {
         match source.name {
-            "attention" => {
-                let (row_tiles, block) = if small(d) { (2, 64) } else { (1, 32) };
-                let sizes = [("WARPS", 4), ("ROW_TILES", row_tiles), ("BLOCK_N", block)];
-                variants.push(attention(d, window, softcap, &sizes));
-            }
+            "attention" => variants.push(attention(d, window, softcap, &forward_sizes(d))),
             "attention_backward" => {
-                let (warps, block, passes) = if small(d) { (8, 64, 1) } else { (4, 32, 2) };
-                let sizes = [
-                    ("KEY_WARPS", warps),
-                    ("KEY_BLOCK_M", block),
-                    ("KEY_PASSES", passes),
-                    ("QUERY_WARPS", warps),
-                    ("QUERY_BLOCK_N", block),
-                ];
-                variants.push(attention(d, window, softcap, &sizes));
+                variants.push(attention(d, window, softcap, &backward_sizes(d, capability)));
             }
             "attention_hopper" | "attention_backward_hopper" => {
                 if architecture == "sm_90a" && matches!(d, 64 | 128) {
@@ -74,8 +70,8 @@ fn every_kernel_compiles_for_every_architecture() {
     let mut failures = Vec::new();
     let mut compiled = 0;
     for source in SOURCES {
-        for architecture in ARCHITECTURES {
-            for defines in variants(source, architecture) {
+        for (architecture, capability) in ARCHITECTURES {
+            for defines in variants(source, (architecture, capability)) {
                 match compile(source, &defines, architecture) {
                     Ok(binary) => assert!(!binary.is_empty(), "{} for {architecture} is empty", source.name),
                     Err(error) => failures.push(error.to_string()),

@@ -65,7 +65,10 @@ fn search(
     let options = options(method);
     let (longest_row, update_tokens) = (row, row * batch);
     let recompute = RecomputeChoice::Auto;
-    let result = Search { config, options, target, longest_row, update_tokens, recompute, host_optimizer: None }.run();
+    let (target, device_memory, host_optimizer) = (target.clone(), None, None);
+    let search =
+        Search { config, options, target, device_memory, longest_row, update_tokens, recompute, host_optimizer };
+    let (result, target) = (search.run(), &search.target);
     match &result {
         Ok((plan, choice)) => println!(
             "{} layers of {} on {}: {:.2} of {:.2} GiB, {:.2} on the host; {choice:?}",
@@ -113,9 +116,12 @@ fn full_fine_tuning_of_8b_fits_48_gb() {
         let (config, target) = (config("llama-3.1-8b"), card("A6000"));
         let (longest_row, update_tokens, recompute) = (2048, 4096, RecomputeChoice::Auto);
         let options = options(Method::Full);
+        let device_memory = None;
+        let config = &config;
         let search =
-            Search { config: &config, options, target: &target, longest_row, update_tokens, recompute, host_optimizer };
+            Search { config, options, target, device_memory, longest_row, update_tokens, recompute, host_optimizer };
         let (plan, choice) = search.run().expect("8B in 48 GB");
+        let target = &search.target;
         println!("{:.2} GiB, {choice:?}", plan.summary.peak_bytes as f64 / GIB);
         assert!(plan.summary.peak_bytes <= target.memory.expect("a card's memory"));
         let states = 2 * config.parameters();
@@ -158,21 +164,66 @@ fn what_does_not_fit_is_refused_with_settings_that_would() {
         panic!("8B in bf16 fits no 12 GB card");
     };
     assert!(needed > available);
-    assert_eq!(fits, ["engine.precision = \"fp8\"", "method.kind = \"qlora\""]);
+    assert_eq!(fits, ["engine.precision = \"fp8\"", "model.weights = \"int8\"", "method.kind = \"qlora\""]);
     // An Ampere card has no 8-bit products.
     let Err(PlanningError::Plan(PlanError::DoesNotFit { fits, .. })) =
         search(&config, lora(), 2048, 2, &card("RTX 3060"))
     else {
         panic!("8B in bf16 fits no 12 GB card");
     };
-    assert_eq!(fits, ["method.kind = \"qlora\""]);
+    assert_eq!(fits, ["model.weights = \"int8\"", "method.kind = \"qlora\""]);
 
     let Err(PlanningError::Plan(PlanError::DoesNotFit { fits, .. })) =
         search(&config, qlora(16), 65_536, 1, &budget(card("RTX 4070"), 9.0 * GIB))
     else {
         panic!("65,536 tokens fit no 9 GiB");
     };
-    assert!(fits.iter().any(|setting| setting.starts_with("data.max_length = ")), "{fits:?}");
+    let lengths = fits.iter().filter_map(|setting| setting.strip_prefix("data.max_length = "));
+    let longest: usize = lengths.map(|length| length.parse().expect("a length")).next().expect("shorter rows fit");
+    let tight = budget(card("RTX 4070"), 9.0 * GIB);
+    search(&config, qlora(16), longest, 1, &tight).expect("what was proposed fits");
+    search(&config, qlora(16), longest + longest / 16, 1, &tight).expect_err("and is the longest, nearly");
+}
+
+/// Settings that are proposed contradict nothing that was asked for, and are there for every method.
+#[test]
+fn proposed_settings_fit_whatever_is_trained() {
+    let config = config("llama-3.1-8b");
+    let fits_rows = |method: Method, row: usize, target: &Target| match search(&config, method, row, 2, target) {
+        Err(PlanningError::Plan(PlanError::DoesNotFit { fits, .. } | PlanError::HostTooSmall { fits, .. })) => fits,
+        other => panic!("{other:?} where nothing fits"),
+    };
+    let fits = |method: Method, target: &Target| fits_rows(method, 2048, target);
+    let settings = fits(Method::Full, &card("RTX 4090"));
+    assert_eq!(settings, ["method.kind = \"lora\"", "method.kind = \"qlora\""]);
+    let settings = fits(adapter(16, Some(DType::Fp8)), &budget(card("RTX 4070"), 7.0 * GIB));
+    assert_eq!(settings, ["method.kind = \"qlora\" with engine.precision = \"bf16\" and model.weights = \"auto\""]);
+    let settings = fits(qlora(512), &budget(card("RTX 4070"), 7.5 * GIB));
+    assert!(settings.iter().any(|setting| setting.starts_with("method.rank = ")), "{settings:?}");
+    // Nothing alone: smaller weights and shorter rows together.
+    let settings = fits_rows(lora(), 32_768, &budget(card("RTX 4070"), 5.5 * GIB));
+    assert!(settings.len() == 1 && settings[0].contains(" with data.max_length = "), "{settings:?}");
+    assert_eq!(fits(lora(), &budget(card("RTX 4070"), 2.0 * GIB)), Vec::<String>::new());
+}
+
+/// What layers leave on the host is there once, for programs of all sizes run one after the other, and no plan keeps more
+/// there than the machine has.
+#[test]
+fn the_host_holds_what_is_left_there() {
+    let config = config("llama-3.1-8b");
+    let target = card("RTX 4080");
+    let (plan, choice) = search(&config, qlora(32), 40_724, 1, &target).expect("a plan");
+    assert!(choice.sizes.len() > 4 && choice.offloaded_layers > 0, "{choice:?}");
+    let host = target.host_memory.expect("a host's memory");
+    assert!(plan.summary.host_bytes <= host, "{} of {host}", plan.summary.host_bytes);
+
+    // Full fine-tuning with all states on the host, of which there is too little.
+    let target = Target { host_memory: Some(4 << 30), ..budget(card("A6000"), 36.0 * GIB) };
+    let Err(PlanningError::Plan(error)) = search(&config, Method::Full, 2048, 2, &target) else {
+        panic!("states of 15 GiB fit no host with 4");
+    };
+    let (PlanError::DoesNotFit { fits, .. } | PlanError::HostTooSmall { fits, .. }) = &error else { panic!("{error}") };
+    assert_eq!(fits[..], ["method.kind = \"lora\"", "method.kind = \"qlora\""], "{error}");
 }
 
 /// 8-bit weights take half of the memory and less time; a card without such products refuses them by name.
@@ -242,10 +293,11 @@ fn short_memory_takes_the_fastest_way() {
     let (_, long) = search(&config, qlora(16), 32_768, 1, &within(13.9, 32_768)).expect("a plan");
     assert!(long.kept_attention && long.offloaded_layers > 0, "{long:?}");
 
-    let host_memory = Some(4 * input);
-    let (plan, choice) = search(&config, qlora(16), 2048, 8, &Target { host_memory, ..target }).expect("a plan");
+    let most = table + 4 * input;
+    let host = Target { host_memory: Some(most), ..target };
+    let (plan, choice) = search(&config, qlora(16), 2048, 8, &host).expect("a plan");
     assert!(choice.mlp_chunks > 1 && choice.offloaded_layers <= 4, "{choice:?}");
-    assert!(plan.summary.host_bytes <= table + 4 * input);
+    assert!(plan.summary.host_bytes <= most);
 }
 
 /// A plan counts what captured programs take: of many sizes of a large model only those that the host could not keep up

@@ -50,6 +50,10 @@ struct Answer {
     host_bytes: u64,
     /// Bytes that the plan may take; none when only the machine limits it.
     available_bytes: Option<u64>,
+    /// Of the host's memory; none where it is not known or not used.
+    available_host_bytes: Option<u64>,
+    /// What the plan does to fit.
+    choice: Vec<String>,
     micro_sizes: Vec<usize>,
     recomputed_layers: usize,
     offloaded_layers: usize,
@@ -57,6 +61,7 @@ struct Answer {
     host_optimizer: bool,
     half_gradients: bool,
     mlp_chunks: usize,
+    small_head: bool,
     kept_attention: bool,
     partly_recomputed_layers: usize,
     /// Of an update of the mean length, from the target's rates.
@@ -96,14 +101,11 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         }
     };
     let prepared = train::prepare(&spec, &|_| {})?;
-    let mut target = choice.target.clone();
-    if let Some(budget) = spec.engine.budget() {
-        target.memory = Some(target.memory.map_or(budget, |free| free.min(budget)));
-    }
     let lengths: Vec<usize> =
         prepared.data.train.iter().chain(&prepared.data.eval).map(|row| row.input_ids.len()).collect();
-    let (plan, chosen) =
-        train::search(&spec, &prepared.model.config, &lengths, &target)?.run().map_err(train::TrainError::from)?;
+    let search = train::search(&spec, &prepared.model.config, &lengths, &choice.target)?;
+    let target = &search.target;
+    let (plan, chosen) = search.run().map_err(train::TrainError::from)?;
     let (flops, seconds) = update_cost(&plan, &prepared);
     let measured = arguments.measure.then(|| measure(plan.clone(), &prepared, &choice)).transpose()?;
     let answer = Answer {
@@ -117,6 +119,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         bytes: plan.summary.bytes.clone(),
         host_bytes: plan.summary.host_bytes,
         available_bytes: target.memory,
+        available_host_bytes: target.host_memory,
+        choice: chosen.in_words(prepared.model.config.layers),
         micro_sizes: chosen.sizes.clone(),
         recomputed_layers: chosen.recomputed_layers,
         offloaded_layers: chosen.offloaded_layers,
@@ -124,6 +128,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
         host_optimizer: chosen.host_optimizer,
         half_gradients: chosen.half_gradients,
         mlp_chunks: chosen.mlp_chunks,
+        small_head: chosen.small_head,
         kept_attention: chosen.kept_attention,
         partly_recomputed_layers: chosen.cheap_layers.saturating_sub(chosen.recomputed_layers),
         estimated_step_seconds: seconds,
@@ -183,7 +188,8 @@ fn print(answer: &Answer) {
     let of = answer.available_bytes.map(|bytes| format!(" of {}", size::format(bytes))).unwrap_or_default();
     println!("  {:12} {:>10}{of}", "peak", size::format(answer.peak_bytes));
     if answer.host_bytes > 0 {
-        println!("  {:12} {:>10}", "on the host", size::format(answer.host_bytes));
+        let of = answer.available_host_bytes.map(|bytes| format!(" of {}", size::format(bytes))).unwrap_or_default();
+        println!("  {:12} {:>10}{of}", "on the host", size::format(answer.host_bytes));
     }
     heading("programs, estimated");
     println!("  {:16} {:>10} {:>12} {:>12} {:>10}", "PROGRAM", "OPERATIONS", "GFLOP", "MOVED", "TIME");
@@ -199,25 +205,7 @@ fn print(answer: &Answer) {
     }
     let sizes = answer.micro_sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     println!("\nmicro-batches of {sizes} tokens");
-    println!("layers computed again: {} whole, {} in part", answer.recomputed_layers, answer.partly_recomputed_layers);
-    if answer.offloaded_layers > 0 {
-        println!("inputs of {} layers wait in the host's memory", answer.offloaded_layers);
-    }
-    if answer.host_embedding {
-        println!("the embedding is left in the host's memory");
-    }
-    if answer.host_optimizer {
-        println!("optimizer states are kept in the host's memory");
-    }
-    if answer.mlp_chunks > 1 {
-        println!("MLPs work through the largest micro-batch in {} chunks", answer.mlp_chunks);
-    }
-    if answer.kept_attention {
-        println!("attention is not computed again");
-    }
-    if answer.half_gradients {
-        println!("gradients are summed in bf16");
-    }
+    answer.choice.iter().for_each(|words| println!("{words}"));
     println!("an update, estimated: {}, {:.1} GFLOP", duration(answer.estimated_step_seconds), answer.step_flops / 1e9);
     println!("the run, estimated: {} without evaluations", duration(answer.estimated_run_seconds));
     if let Some(measured) = &answer.measured {

@@ -78,6 +78,17 @@ pub enum PlanError {
         /// Settings, each of which alone would make it fit, as the run file spells them; where they were looked for.
         fits: Vec<String>,
     },
+    #[error(
+        "the plan keeps {} in the host's memory, page-locked; of this machine's {} may be taken",
+        gib(*needed),
+        gib(*available)
+    )]
+    HostTooSmall {
+        needed: u64,
+        available: u64,
+        /// As above.
+        fits: Vec<String>,
+    },
 }
 
 fn gib(bytes: u64) -> String {
@@ -135,6 +146,24 @@ pub fn frozen_embeddings(workload: &Workload) -> BTreeSet<BufferId> {
 /// The optimizer's moments.
 pub fn optimizer_states(workload: &Workload) -> BTreeSet<BufferId> {
     workload.of_kind(Kind::Optimizer).map(|(id, _)| id).collect()
+}
+
+/// Where what layers leave in the host's memory lies in one range of it, and the bytes of that range: programs run one after
+/// the other and share it.
+pub fn offloads(workload: &Workload, alignment: u64) -> (BTreeMap<BufferId, u64>, u64) {
+    let (mut offsets, mut most) = (BTreeMap::new(), 0);
+    for program in &workload.programs {
+        let mut end = 0;
+        for (id, _) in program.steps.iter().flat_map(|step| step.op.accesses()) {
+            let buffer = workload.buffer(id);
+            if buffer.kind == Kind::Offload && !offsets.contains_key(&id) {
+                offsets.insert(id, end);
+                end += aligned(buffer.bytes(), alignment);
+            }
+        }
+        most = most.max(end);
+    }
+    (offsets, most)
 }
 
 /// Scratch of products of 8-bit floats, bytes.
@@ -249,7 +278,9 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
     if !target.reaches_host() {
         host.clear();
     }
-    let host_bytes = host.iter().map(|id| aligned(workload.buffer(*id).bytes(), target.alignment)).sum();
+    let on_host = host.iter().map(|id| workload.buffer(*id)).filter(|buffer| buffer.kind != Kind::Offload);
+    let host_bytes: u64 = on_host.map(|buffer| aligned(buffer.bytes(), target.alignment)).sum::<u64>()
+        + if target.reaches_host() { offloads(&workload, target.alignment).1 } else { 0 };
     let spare = Spare::new(&workload, &target);
     let mut placements = vec![Placement::Own; workload.buffers.len()];
     let mut segments: Vec<u64> = Vec::new();
@@ -308,6 +339,11 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
         && peak_bytes > available
     {
         return Err(PlanError::DoesNotFit { needed: peak_bytes, available, target: target.name, fits: Vec::new() });
+    }
+    if let Some(available) = target.host_memory
+        && host_bytes > available
+    {
+        return Err(PlanError::HostTooSmall { needed: host_bytes, available, fits: Vec::new() });
     }
     let summary = Summary { bytes, peak_bytes, host_bytes, programs };
     Ok(Plan { workload, target, placements, segments, host, spare, summary })

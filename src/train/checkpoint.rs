@@ -83,6 +83,37 @@ pub struct PlanChoice {
     pub kept_attention: bool,
 }
 
+impl PlanChoice {
+    /// What the plan does to fit, of a model of so many layers.
+    pub fn in_words(&self, layers: usize) -> Vec<String> {
+        let mut words = vec![match (self.recomputed_layers, self.cheap_layers) {
+            (0, 0) => "nothing is computed again".into(),
+            (0, cheap) => format!("norms and gated products of {cheap} of {layers} layers are computed again"),
+            (all, cheap) if cheap > all => {
+                let partly = cheap - all;
+                format!("{all} of {layers} layers are computed again, and norms and gated products of {partly} more")
+            }
+            (all, _) => format!("{all} of {layers} layers are computed again"),
+        }];
+        let offloaded = format!("inputs of {} layers wait in the host's memory", self.offloaded_layers);
+        let chunks = format!("MLPs work through the largest micro-batch in {} chunks", self.mlp_chunks);
+        for (moved, what) in [
+            (self.kept_attention, "attention is not computed again"),
+            (self.offloaded_layers > 0, offloaded.as_str()),
+            (self.host_embedding, "the embedding is left in the host's memory"),
+            (self.host_optimizer, "optimizer states are kept in the host's memory"),
+            (self.mlp_chunks > 1, chunks.as_str()),
+            (self.small_head, "the head works in small chunks"),
+            (self.half_gradients, "gradients are summed in bf16"),
+        ] {
+            if moved {
+                words.push(what.into());
+            }
+        }
+        words
+    }
+}
+
 /// Name of a checkpoint's folder.
 pub fn name(step: u64) -> String {
     format!("step-{step}")

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod controls;
+mod nearest;
 pub mod planning;
 pub mod prepare;
 mod result;
@@ -81,16 +82,15 @@ impl TrainError {
     /// What to do next, where the message does not say it.
     pub fn hint(&self) -> String {
         match self {
-            TrainError::Planning(planning::PlanningError::Plan(PlanError::DoesNotFit { fits, .. }))
-                if !fits.is_empty() =>
-            {
-                format!("any one of these would fit: {}", fits.join("; "))
-            }
+            TrainError::Planning(planning::PlanningError::Plan(
+                PlanError::DoesNotFit { fits, .. } | PlanError::HostTooSmall { fits, .. },
+            )) => match fits.as_slice() {
+                [] => "no setting makes this model fit: choose a smaller one, or a machine with more memory".into(),
+                [one] => format!("this would fit: {one}"),
+                several => format!("any one of these would fit: {}", several.join("; ")),
+            },
             TrainError::Planning(planning::PlanningError::Plan(PlanError::BufferTooLarge { .. })) => {
                 "lower data.max_length, for a row is computed whole; weights of that size need another device".into()
-            }
-            TrainError::Planning(planning::PlanningError::Plan(_)) => {
-                "lower data.max_length or method.rank, or set engine.recompute = \"all\"".into()
             }
             TrainError::Data(error) => error.hint(),
             TrainError::Write { .. } => "free space on that disk, then `tune resume` the run".into(),

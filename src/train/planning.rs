@@ -1,9 +1,9 @@
 //! Chooses micro-batch sizes and what is recomputed: the fastest plan that fits the budget.
 
 use super::checkpoint::PlanChoice;
+use super::nearest::settings_that_fit;
 use crate::model::{Method, ModelConfig, ModelError, Recompute, TrainingOptions, training_workload};
 use crate::program::{DType, Plan, PlanError, Role, Target, plan};
-use crate::spec::{Capabilities, Optimizer};
 
 /// Why no plan came out.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +20,10 @@ pub struct Search<'a> {
     pub config: &'a ModelConfig,
     /// `sizes` and `recompute` are the search's to fill in.
     pub options: TrainingOptions,
-    pub target: &'a Target,
+    /// With the memory that the run may take.
+    pub target: Target,
+    /// Bytes that the device has where the run may take less.
+    pub device_memory: Option<u64>,
     /// Tokens of the longest row: the largest micro-batch must hold it.
     pub longest_row: usize,
     /// Tokens that most updates stay below ([`update_tokens`]); a micro-batch need not be larger.
@@ -105,7 +108,14 @@ impl Search<'_> {
         let mut best: Option<(f64, Plan, PlanChoice)> = None;
         let mut failure = None;
         for top in tops {
-            match self.with_top(top) {
+            let found = match self.with_top(top) {
+                // Inputs of layers may have taken the host's memory that the optimizer's states need.
+                Err(PlanningError::Plan(PlanError::HostTooSmall { .. })) if self.host_optimizer.is_none() => {
+                    self.with_host_optimizer().with_top(top)
+                }
+                found => found,
+            };
+            match found {
                 Ok((plan, choice)) => {
                     let time = seconds_per_token(&plan);
                     if best.as_ref().is_none_or(|(least, ..)| time < *least) {
@@ -119,8 +129,8 @@ impl Search<'_> {
         match (best, failure) {
             (Some((_, plan, choice)), _) => Ok(self.give_back(plan, choice)),
             (None, Some(mut error)) => {
-                if let PlanError::DoesNotFit { fits, .. } = &mut error {
-                    *fits = self.settings_that_fit();
+                if let PlanError::DoesNotFit { fits, .. } | PlanError::HostTooSmall { fits, .. } = &mut error {
+                    *fits = settings_that_fit(self);
                 }
                 Err(error.into())
             }
@@ -169,7 +179,7 @@ impl Search<'_> {
     /// From fastest to leanest: first the embedding goes to the host and the gradients of trained matrices are summed in
     /// bf16 (as the weights are held, which costs digits and no time), then more and more layers give up the cheap values
     /// and then all, then the plan goes its route and inputs of layers wait on the host, at last the optimizer's states do.
-    fn stages(&self, top: usize, route: Route) -> Stages {
+    fn stages(&self, route: Route) -> Stages {
         let layers = self.config.layers;
         let host = self.target.reaches_host();
         let first = match self.recompute {
@@ -183,7 +193,8 @@ impl Search<'_> {
             change(&mut stage);
             stages.push(stage);
         };
-        if host {
+        let table = self.target.compute.bytes(&[self.config.vocab_size, self.config.hidden_size]);
+        if host && self.target.host_memory.is_none_or(|memory| table <= memory) {
             then(&|stage| stage.host_embedding = true);
         }
         if self.options.method == Method::Full && self.target.trainable == DType::BF16 {
@@ -203,11 +214,8 @@ impl Search<'_> {
         };
         then(&|_| {});
         if self.recompute == RecomputeChoice::Auto && host {
-            let tensors = 1 + usize::from(route.kept_attention);
-            let bytes = self.target.compute.bytes(&[tensors * top, self.config.hidden_size]).max(1);
-            let most = self.target.host_memory.map_or(layers, |memory| (memory / bytes) as usize);
             // The last layer's input is wanted at once.
-            (1..layers.min(most + 1)).for_each(|offloaded| then(&|stage| stage.offloaded = offloaded));
+            (1..layers).for_each(|offloaded| then(&|stage| stage.offloaded = offloaded));
         }
         if host && self.host_optimizer.is_none() {
             then(&|stage| stage.host_optimizer = true);
@@ -242,7 +250,7 @@ impl Search<'_> {
         for alike in routes.chunk_by(|a, b| a.mlp_chunks == b.mlp_chunks) {
             let before = best;
             for &route in alike {
-                let Stages { list, plain } = self.stages(top, route);
+                let Stages { list, plain } = self.stages(route);
                 let Some((plan, _)) = self.first_that_fits(&[top], &list, plain)? else { continue };
                 let time = plan.summary.programs.iter().map(|program| program.estimated_seconds).sum::<f64>();
                 if best.is_none_or(|(least, _)| time < least) {
@@ -258,52 +266,56 @@ impl Search<'_> {
     }
 
     /// The plan of the first stage from `from` on with which these sizes fit, with its index; none where even the last does
-    /// not. Memory falls along the stages.
+    /// not. The device's share falls along the stages and the host's rises: where the first that fits the device is too much
+    /// for the host, so are those after it.
     fn first_that_fits(
         &self,
         sizes: &[usize],
         stages: &[Stage],
         from: usize,
     ) -> Result<Option<(Plan, usize)>, PlanningError> {
+        // Whether the device has room, and the plan where the host has it too.
         let fitting = |index: usize| match self.build(sizes, stages[index]) {
-            Ok(plan) => Ok(Some(plan)),
-            Err(PlanningError::Plan(_)) => Ok(None),
+            Ok(plan) => Ok((true, Some(plan))),
+            Err(PlanningError::Plan(PlanError::HostTooSmall { .. })) => Ok((true, None)),
+            Err(PlanningError::Plan(_)) => Ok((false, None)),
             Err(other) => Err(other),
         };
-        if let Some(plan) = fitting(from)? {
-            return Ok(Some((plan, from)));
+        let found = |plan: Option<Plan>, index: usize| Ok(plan.map(|plan| (plan, index)));
+        if let (true, plan) = fitting(from)? {
+            return found(plan, from);
         }
         let (mut low, mut high) = (from, stages.len() - 1);
         // Of many sizes the largest fits at the first stage already, and the others add little.
         if sizes.len() > 1 && low + 1 < high {
             low += 1;
-            if let Some(plan) = fitting(low)? {
-                return Ok(Some((plan, low)));
+            if let (true, plan) = fitting(low)? {
+                return found(plan, low);
             }
         }
         if low == high {
             return Ok(None);
         }
-        let Some(mut found) = fitting(high)? else { return Ok(None) };
+        let (true, mut plan) = fitting(high)? else { return Ok(None) };
         while low + 1 < high {
             let middle = usize::midpoint(low, high);
             match fitting(middle)? {
-                Some(plan) => (found, high) = (plan, middle),
-                None => low = middle,
+                (true, leaner) => (plan, high) = (leaner, middle),
+                (false, _) => low = middle,
             }
         }
-        Ok(Some((found, high)))
+        found(plan, high)
     }
 
     fn with_top(&self, top: usize) -> Result<(Plan, PlanChoice), PlanningError> {
         let mut sizes: Vec<usize> = self.target.micro_sizes.iter().copied().filter(|&size| size < top).collect();
         sizes.push(top);
         // The largest micro-batch decides, for all programs share the arena.
-        let Stages { list, plain } = self.stages(top, Route::default());
+        let Stages { list, plain } = self.stages(Route::default());
         let (stages, from) = match self.first_that_fits(&[top], &list[..plain], 0)? {
             Some((_, index)) => (list, index),
             None => {
-                let Stages { list, plain } = self.stages(top, self.route(top)?);
+                let Stages { list, plain } = self.stages(self.route(top)?);
                 let index = self.first_that_fits(&[top], &list, plain)?.map_or(list.len() - 1, |(_, index)| index);
                 (list, index)
             }
@@ -373,49 +385,18 @@ impl Search<'_> {
         Ok(plan::plan_with_host(workload, target, host)?)
     }
 
-    /// Changes of one setting with which a plan fits, nearest first, as the run file spells them.
-    fn settings_that_fit(&self) -> Vec<String> {
-        let mut fits = Vec::new();
-        let leanest = |search: &Search<'_>| {
-            let sizes = &search.target.micro_sizes;
-            let top = sizes.iter().copied().find(|&size| size >= search.longest_row).unwrap_or(search.longest_row);
-            let stages = search.stages(top, search.routes(top).last().copied().unwrap_or_default()).list;
-            search.build(&[top], stages[stages.len() - 1]).is_ok()
-        };
-        let engine = Capabilities::of(self.target.engine);
-        if self.recompute != RecomputeChoice::Auto
-            && leanest(&Search { recompute: RecomputeChoice::Auto, ..self.clone() })
-        {
-            fits.push("engine.recompute = \"auto\"".to_string());
-        }
-        if engine.is_some_and(|engine| engine.optimizers.contains(&Optimizer::AdamW8bit)) && !self.options.eight_bit {
-            let options = TrainingOptions { eight_bit: true, ..self.options.clone() };
-            if leanest(&Search { options, ..self.clone() }) {
-                fits.push("train.optimizer = \"adamw8bit\"".to_string());
-            }
-        }
-        let mut length = self.longest_row;
-        while length > 64 {
-            length /= 2;
-            if leanest(&Search { longest_row: length, ..self.clone() }) {
-                fits.push(format!("data.max_length = {length}"));
-                break;
-            }
-        }
-        let smaller = [(DType::Fp8, "engine.precision = \"fp8\""), (DType::Nf4, "method.kind = \"qlora\"")];
-        for (dtype, setting) in smaller {
-            if let Method::Lora { adapter, weights } = &self.options.method
-                && engine.is_some_and(|engine| engine.weights.contains(&dtype.name()))
-                && weights.is_none_or(|held| held == DType::Fp8 && dtype == DType::Nf4)
-            {
-                let method = Method::Lora { adapter: adapter.clone(), weights: Some(dtype) };
-                let options = TrainingOptions { method, ..self.options.clone() };
-                if leanest(&Search { options, ..self.clone() }) {
-                    fits.push(setting.to_string());
-                }
-            }
-        }
-        fits
+    /// Whether the longest row fits somehow: the way that takes the least, and what the host can hold of it.
+    pub(super) fn fits_somehow(&self) -> bool {
+        let sizes = &self.target.micro_sizes;
+        let top = sizes.iter().copied().find(|&size| size >= self.longest_row).unwrap_or(self.longest_row);
+        let route = self.routes(top).last().copied().unwrap_or_default();
+        let fits = |search: &Self| matches!(search.first_that_fits(&[top], &search.stages(route).list, 0), Ok(Some(_)));
+        fits(self) || self.host_optimizer.is_none() && fits(&self.with_host_optimizer())
+    }
+
+    /// The search with the optimizer's states on the host before anything else goes there.
+    fn with_host_optimizer(&self) -> Self {
+        Self { host_optimizer: Some(true), ..self.clone() }
     }
 }
 

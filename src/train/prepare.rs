@@ -140,7 +140,7 @@ fn targets(targets: &Targets) -> Result<BTreeSet<String>, TrainError> {
 /// Tokens that samples during training may take, prompt included.
 pub(super) const SAMPLE_CAPACITY: usize = 1024;
 
-/// The search for a plan of this run on a target. `rows` are what an epoch holds: their lengths decide the sizes.
+/// The search for a plan of this run on a target, within `engine.vram`. `rows` are what an epoch holds: their lengths decide the sizes.
 ///
 /// # Errors
 /// When a setting of the spec does not fit the method.
@@ -148,7 +148,7 @@ pub fn search<'a>(
     spec: &RunSpec,
     config: &'a ModelConfig,
     lengths: &[usize],
-    target: &'a Target,
+    target: &Target,
 ) -> Result<Search<'a>, TrainError> {
     let method = match spec.method.kind {
         MethodKind::Full => Method::Full,
@@ -191,7 +191,12 @@ pub fn search<'a>(
         "host" => Some(true),
         _ => None,
     };
-    Ok(Search { config, options, target, longest_row, update_tokens, recompute, host_optimizer })
+    let device_memory = target.memory;
+    let mut target = target.clone();
+    if let Some(budget) = spec.engine.budget() {
+        target.memory = Some(target.memory.map_or(budget, |free| free.min(budget)));
+    }
+    Ok(Search { config, options, target, device_memory, longest_row, update_tokens, recompute, host_optimizer })
 }
 
 /// Type that frozen weights are quantized to; none for as stored.

@@ -43,15 +43,12 @@ const SAMPLE_TOKENS: usize = 128;
 pub fn train(spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) -> Result<Outcome, TrainError> {
     let prepared = prepare::prepare(spec, &|_| {})?;
     let choice = backend::choose(&spec.engine.device, &spec.engine.precision)?;
-    let mut target = choice.target.clone();
-    if let Some(budget) = budget(spec)? {
-        target.memory = Some(target.memory.map_or(budget, |free| free.min(budget)));
-    }
+    let target = &choice.target;
     let resume_from = folder.checkpoint_steps().last().map(|step| folder.checkpoints().join(checkpoint::name(*step)));
     let resumed = resume_from.as_deref().map(checkpoint::read_state).transpose()?;
     let lengths: Vec<usize> =
         prepared.data.train.iter().chain(&prepared.data.eval).map(|row| row.input_ids.len()).collect();
-    let search = prepare::search(spec, &prepared.model.config, &lengths, &target)?;
+    let search = prepare::search(spec, &prepared.model.config, &lengths, target)?;
     let (plan, plan_choice) = match &resumed {
         None => search.run()?,
         Some(state) => match search.repeat(&state.plan) {
@@ -169,18 +166,6 @@ pub fn train(spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) ->
     trainer.run()
 }
 
-/// `engine.vram` in bytes; none for what is free.
-fn budget(spec: &RunSpec) -> Result<Option<u64>, TrainError> {
-    if spec.engine.vram == "auto" {
-        return Ok(None);
-    }
-    crate::spec::size::parse(&spec.engine.vram).map(Some).ok_or_else(|| TrainError::Setting {
-        key: "engine.vram",
-        value: spec.engine.vram.clone(),
-        what: "expected auto or a size such as 22GiB".into(),
-    })
-}
-
 /// What the reader dropped, cut or doubted, once, at the start.
 fn warn_about_data(prepared: &Prepared, controls: &mut dyn Controls) {
     if prepared.model.random_weights {
@@ -204,30 +189,16 @@ fn plan_event(plan: &Plan, choice: &checkpoint::PlanChoice, prepared: &Prepared)
     let tokens: usize = prepared.data.train.iter().map(|row| row.input_ids.len()).sum();
     let per_step = tokens as f64 / prepared.steps_per_epoch as f64;
     let (size, micro) = seconds(Role::Micro);
-    let layers = prepared.model.config.layers;
-    let mut recompute = match (choice.recomputed_layers, choice.cheap_layers) {
-        (0, 0) => "nothing is computed again".to_string(),
-        (0, cheap) => format!("norms and gated products of {cheap} of {layers} layers are computed again"),
-        (all, _) => format!("{all} of {layers} layers are computed again"),
-    };
-    for (moved, what) in [
-        (choice.kept_attention, "but for attention".into()),
-        (choice.offloaded_layers > 0, format!("inputs of {} layers wait in host memory", choice.offloaded_layers)),
-        (choice.host_embedding, "the embedding is left in host memory".into()),
-        (choice.host_optimizer, "optimizer states are kept in host memory".into()),
-        (choice.mlp_chunks > 1, format!("MLPs work in {} chunks of tokens", choice.mlp_chunks)),
-        (choice.half_gradients, "gradients are summed in bf16".into()),
-    ] {
-        if moved {
-            recompute = format!("{recompute}; {what}");
-        }
+    let mut recompute = choice.in_words(prepared.model.config.layers);
+    if plan.summary.host_bytes > 0 {
+        recompute.push(format!("{} of the host's memory", crate::spec::size::format(plan.summary.host_bytes)));
     }
     Event::Plan {
         peak_bytes: plan.summary.peak_bytes,
         bytes: plan.summary.bytes.iter().map(|(kind, bytes)| (kind.to_string(), *bytes)).collect(),
         micro_sizes: choice.sizes.clone(),
         estimated_step_seconds: micro * per_step / size as f64 + seconds(Role::Update).1,
-        recompute,
+        recompute: recompute.join("; "),
     }
 }
 

@@ -230,7 +230,7 @@ pub(super) struct Kernels {
 
 impl Kernels {
     pub fn new(card: &Arc<Card>) -> Result<Self, EngineError> {
-        let architecture = architecture(card.capability)?;
+        let architecture = architecture(card.architecture)?;
         Ok(Self { architecture, cache: KernelCache::open(), modules: HashMap::new(), card: card.clone() })
     }
 

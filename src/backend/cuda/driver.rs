@@ -58,6 +58,8 @@ pub(super) struct Card {
     pub stream: sys::CUstream,
     copies: sys::CUstream,
     /// Compute capability.
+    pub architecture: (i32, i32),
+    /// The compute capability whose kernels are chosen ([`CAPABILITY`]).
     pub capability: (i32, i32),
     pub multiprocessors: u32,
     /// Most bytes of shared memory that a block may ask for.
@@ -69,12 +71,38 @@ unsafe impl Send for Card {}
 // SAFETY: as above; the driver locks its own state.
 unsafe impl Sync for Card {}
 
+/// Names in the environment an older compute capability, as 8.6: kernels are chosen and sized as for such a card, so that what
+/// runs there can be tried on a newer one.
+const CAPABILITY: &str = "TUNE_CUDA_CAPABILITY";
+
+/// What [`CAPABILITY`] makes of a card's own.
+fn chosen_capability(own: (i32, i32)) -> Result<(i32, i32), EngineError> {
+    let Some(text) = std::env::var(CAPABILITY).ok().filter(|text| !text.is_empty()) else { return Ok(own) };
+    let parsed = text.split_once('.').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    match parsed {
+        Some(older) if (8, 0) <= older && older <= own => Ok(older),
+        _ => Err(unsupported(format!("{CAPABILITY}={text}: it takes 8.0 to {}.{}, the card's own", own.0, own.1))),
+    }
+}
+
+/// Most bytes of shared memory that a block may ask for on cards of a compute capability (CUDA programming guide, compute
+/// capabilities).
+pub(super) fn shared_bytes(capability: (i32, i32)) -> usize {
+    match capability {
+        (8, 0 | 7) => 163 << 10,
+        (9..=11, _) => 227 << 10,
+        _ => 99 << 10,
+    }
+}
+
 /// What can be said of a card without a context on it.
 #[derive(Clone, Debug)]
 pub struct CardFacts {
     pub ordinal: usize,
     pub name: String,
     /// Compute capability.
+    pub architecture: (i32, i32),
+    /// The compute capability whose kernels are chosen: its own, or an older one that was asked for.
     pub capability: (i32, i32),
     pub total_bytes: u64,
     pub multiprocessors: u32,
@@ -98,13 +126,21 @@ pub(super) fn cards() -> Result<Vec<CardFacts>, EngineError> {
 fn facts(ordinal: i32) -> Result<CardFacts, EngineError> {
     use sys::CUdevice_attribute as A;
     let device = result::device::get(ordinal).during("opening a card")?;
+    let name = result::device::get_name(device).during("reading a card's name")?;
+    let architecture = (
+        attribute(device, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        attribute(device, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    let capability = chosen_capability(architecture)?;
     Ok(CardFacts {
         ordinal: ordinal as usize,
-        name: result::device::get_name(device).during("reading a card's name")?,
-        capability: (
-            attribute(device, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            attribute(device, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        ),
+        // The name says it, so that a run goes on with the kernels it began with or says why not.
+        name: match capability == architecture {
+            true => name,
+            false => format!("{name} as one of compute capability {}.{}", capability.0, capability.1),
+        },
+        architecture,
+        capability,
         // SAFETY: the device handle came from the driver.
         total_bytes: unsafe { result::device::total_mem(device) }.during("reading a card's memory")? as u64,
         multiprocessors: attribute(device, A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
@@ -125,11 +161,24 @@ impl Card {
         // SAFETY: the context was just retained.
         unsafe { result::ctx::set_current(context) }.during("binding the context")?;
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).during("making a stream");
-        let CardFacts { name, capability, multiprocessors, .. } = facts;
+        let CardFacts { name, architecture, capability, multiprocessors, .. } = facts;
         let most = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let shared_bytes = attribute(device, most)? as usize;
-        let (main, copies) = (stream()?, stream()?);
-        Ok(Arc::new(Self { name, device, context, stream: main, copies, capability, multiprocessors, shared_bytes }))
+        let mut shared_bytes = attribute(device, most)? as usize;
+        if capability != architecture {
+            shared_bytes = shared_bytes.min(self::shared_bytes(capability));
+        }
+        let (stream, copies) = (stream()?, stream()?);
+        Ok(Arc::new(Self {
+            name,
+            device,
+            context,
+            stream,
+            copies,
+            architecture,
+            capability,
+            multiprocessors,
+            shared_bytes,
+        }))
     }
 
     pub fn lane(&self, lane: Lane) -> sys::CUstream {

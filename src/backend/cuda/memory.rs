@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::driver::{Card, DeviceMemory, PinnedMemory, failed, zero};
 use super::product::Matrix;
 use crate::backend::EngineError;
-use crate::program::plan::{Fp8Sizes, fp8_sizes, scratch_bytes};
+use crate::program::plan::{Fp8Sizes, fp8_sizes, offloads, scratch_bytes};
 use crate::program::spare::Spare;
 use crate::program::{Access, Buffer, BufferId, Columns, DType, Kind, Op, Placement, Plan, Workload};
 
@@ -114,8 +114,10 @@ pub(super) struct Memory {
     fp8: Option<Fp8Scratch>,
     persistent: DeviceMemory,
     segments: Vec<DeviceMemory>,
-    /// Buffers that the plan leaves on the host, each with its memory.
-    host: HashMap<BufferId, PinnedMemory>,
+    /// Buffers that the plan leaves on the host.
+    host: HashSet<BufferId>,
+    /// Their memory: each its own, and one range for what layers leave there.
+    _pinned: Vec<PinnedMemory>,
     /// Unpacked weights, dropped-out inputs, partial sums, weights on their way in.
     pub scratch: DeviceMemory,
 }
@@ -159,18 +161,26 @@ impl Memory {
             segments.push(DeviceMemory::new(card, bytes, &format!("arena segment {index}"))?);
         }
         let scratch = DeviceMemory::new(card, scratch_bytes(workload, &plan.target), "scratch")?;
-        let mut host = HashMap::new();
-        for &id in &plan.host {
+        let mut pinned = Vec::new();
+        let mut host: HashMap<BufferId, u64> = HashMap::new();
+        let (offsets, bytes) = offloads(workload, ALIGNMENT);
+        if bytes > 0 {
+            let range = PinnedMemory::new(card, bytes as usize)?;
+            host.extend(offsets.into_iter().map(|(id, offset)| (id, range.address() + offset)));
+            pinned.push(range);
+        }
+        for &id in plan.host.iter().filter(|id| workload.buffer(**id).kind != Kind::Offload) {
             let bytes = stored_bytes(workload, &plan.spare, id, stored[id.index()]);
             let mut memory = PinnedMemory::new(card, bytes.max(16) as usize)?;
             if workload.buffer(id).kind == Kind::Optimizer {
                 memory.bytes_mut().fill(0);
             }
-            host.insert(id, memory);
+            host.insert(id, memory.address());
+            pinned.push(memory);
         }
         for (index, buffer) in workload.buffers.iter().enumerate() {
-            if let Some(memory) = host.get(&BufferId(index as u32)) {
-                addresses[index] = memory.address();
+            if let Some(&address) = host.get(&BufferId(index as u32)) {
+                addresses[index] = address;
                 continue;
             }
             addresses[index] = match plan.placements[index] {
@@ -190,7 +200,9 @@ impl Memory {
         let sizes = fp8_sizes(workload);
         let fp8 = if scales.is_empty() { None } else { Some(Fp8Scratch::new(card, sizes)?) };
         let spare = plan.spare.clone();
-        let memory = Self { addresses, stored, spare, scales, fp8, persistent, segments, host, scratch };
+        let host = host.into_keys().collect();
+        let memory =
+            Self { addresses, stored, spare, scales, fp8, persistent, segments, host, _pinned: pinned, scratch };
         zero(card, memory.persistent.pointer, memory.persistent.bytes)?;
         memory.zero_arena(card)?;
         Ok(memory)
@@ -219,7 +231,7 @@ impl Memory {
 
     /// Whether the buffer lies in page-locked memory of the host.
     pub fn on_host(&self, id: BufferId) -> bool {
-        self.host.contains_key(&id)
+        self.host.contains(&id)
     }
 
     /// Scratch of 8-bit products.

@@ -22,6 +22,7 @@ mod weights;
 pub use ceilings::{Ceilings, ceilings};
 pub use doctor::{Fix, doctor, fix};
 pub use driver::CardFacts;
+pub use lower::attention::{backward_sizes, forward_sizes};
 pub use session::{CudaSession, TimedLaunch};
 pub use target::{KNOWN_CARDS, KnownCard, target};
 

@@ -5,8 +5,8 @@ use crate::hub;
 use crate::model::ModelConfig;
 use crate::program::{Kind, Plan, PlanError, Role};
 use crate::spec::{Capabilities, MethodKind, RunSpec};
+use crate::train;
 use crate::train::planning::{PlanningError, RecomputeChoice};
-use crate::train::{self, TrainError};
 use crate::tui::message::{Fit, Forecast, Message, Request};
 
 /// Plans run files; remembers the model that it planned for last.
@@ -132,15 +132,11 @@ fn budget(spec: &RunSpec, choice: &Choice) -> Option<u64> {
 
 /// The plan that fits best; where none fits, the leanest, for its figures.
 fn plan(spec: &RunSpec, config: &ModelConfig, lengths: &[usize], choice: &Choice) -> Result<Plan, String> {
-    let mut target = choice.target.clone();
-    target.memory = budget(spec, choice);
-    let failed = |error: TrainError| error.to_string();
-    let search = train::search(spec, config, lengths, &target).map_err(failed)?;
+    let mut search = train::search(spec, config, lengths, &choice.target).map_err(|error| error.to_string())?;
     match search.run() {
         Ok((plan, _)) => Ok(plan),
-        Err(PlanningError::Plan(PlanError::DoesNotFit { .. })) => {
-            target.memory = None;
-            let mut search = train::search(spec, config, lengths, &target).map_err(failed)?;
+        Err(PlanningError::Plan(PlanError::DoesNotFit { .. } | PlanError::HostTooSmall { .. })) => {
+            (search.target.memory, search.target.host_memory) = (None, None);
             search.recompute = RecomputeChoice::All;
             search.run().map(|(plan, _)| plan).map_err(|error| error.to_string())
         }

@@ -7,7 +7,7 @@ use super::Lowering;
 use crate::backend::EngineError;
 use crate::backend::cuda::command::{TensorMap, arguments};
 use crate::backend::cuda::compile::{Define, Variant};
-use crate::backend::cuda::driver::unsupported;
+use crate::backend::cuda::driver::{Card, shared_bytes, unsupported};
 use crate::program::{AttentionShape, BufferId, DType, Op, Plan};
 
 impl Lowering<'_> {
@@ -32,8 +32,8 @@ impl Lowering<'_> {
         let room = Room { output: self.memory.spare(self.workload, *output), grad: 0 };
         let (output, log_sum_exp) = (self.address(*output), self.address(*log_sum_exp));
         let starts = self.address(*document_start);
-        let variant = forward_variant(self.card.capability, shape, room);
-        if hopper(self.card.capability, shape) {
+        let variant = forward_variant(self.card, shape, room);
+        if hopper(self.card, shape) {
             let map = TensorMap::new(&self.matrix(*qkv), 128)?;
             let section = query_section(shape, tokens);
             let arguments = arguments![output, log_sum_exp, map, starts, tokens as i32, section];
@@ -74,14 +74,14 @@ impl Lowering<'_> {
                 .map(|id| self.address(id));
         let count = tokens as i32;
 
-        let [warps, block, passes] = backward_tiles(d);
-        let portable = backward_variant(shape, room);
+        let tiles = BackwardTiles::of(d, self.card.shared_bytes);
+        let portable = backward_variant(shape, tiles, room);
         let lanes = (d / 8).next_power_of_two().max(8);
         let grid = [(tokens * shape.heads).div_ceil(256 / lanes), 1, 1];
         let arguments = arguments![delta, grad_output_at, output, count];
         self.launch_variant(&portable, "attention_delta", grid, 256, 0, arguments)?;
 
-        if hopper(self.card.capability, shape) {
+        if hopper(self.card, shape) {
             let hopper = variant("attention_backward_hopper", shape, room, &[]);
             let (qkv, grad_output) = (self.matrix(*qkv), self.matrix(*grad_output));
             let (qkv_128, qkv_64) = (TensorMap::new(&qkv, 128)?, TensorMap::new(&qkv, 64)?);
@@ -106,14 +106,13 @@ impl Lowering<'_> {
             let entry = "attention_backward_query_hopper";
             return self.launch_variant(&hopper, entry, grid, 384, 1536 * d + 20480, arguments);
         }
-        let row = 2 * d + 16;
+        let BackwardTiles { warps, passes, .. } = tiles;
         let threads = 32 * warps as u32;
         let grid = [tokens.div_ceil(16 * warps), shape.kv_heads, passes];
-        let shared = (32 * warps + 4 * block) * row + 16 * block;
+        let shared = tiles.shared_bytes(d);
         let arguments = arguments![grad_qkv, grad_output_at, qkv_at, log_sum_exp, delta, ends, count];
         self.launch_variant(&portable, "attention_backward_key_value", grid, threads, shared, arguments)?;
         let grid = [tokens.div_ceil(16 * warps), shape.heads, 1];
-        let shared = (32 * warps + 4 * block) * row;
         let arguments = arguments![grad_qkv, grad_output_at, qkv_at, log_sum_exp, delta, starts, count];
         self.launch_variant(&portable, "attention_backward_query", grid, threads, shared, arguments)
     }
@@ -173,46 +172,49 @@ struct Room {
     grad: usize,
 }
 
-/// Kernel files that an operation of a plan needs on a card of this compute capability.
-pub fn files(capability: (i32, i32), plan: &Plan, op: &Op) -> Vec<Variant> {
+/// Kernel files that an operation of a plan needs on this card.
+pub fn files(card: &Card, plan: &Plan, op: &Op) -> Vec<Variant> {
     let spare = |id: &BufferId| plan.spare.columns(&plan.workload, *id);
     match op {
         Op::Attention { output, shape, .. } => {
-            vec![forward_variant(capability, shape, Room { output: spare(output), grad: 0 })]
+            vec![forward_variant(card, shape, Room { output: spare(output), grad: 0 })]
         }
         Op::AttentionBackward { output, grad_qkv, shape, .. } => {
             let room = Room { output: spare(output), grad: spare(grad_qkv) };
-            let hopper = hopper(capability, shape).then(|| variant("attention_backward_hopper", shape, room, &[]));
-            hopper.into_iter().chain([backward_variant(shape, room)]).collect()
+            let hopper = hopper(card, shape).then(|| variant("attention_backward_hopper", shape, room, &[]));
+            let tiles = BackwardTiles::of(shape.head_dim, card.shared_bytes);
+            hopper.into_iter().chain([backward_variant(shape, tiles, room)]).collect()
         }
         _ => Vec::new(),
     }
 }
 
 /// Whether the warpgroup kernels take this shape.
-fn hopper(capability: (i32, i32), shape: &AttentionShape) -> bool {
-    capability == (9, 0) && matches!(shape.head_dim, 64 | 128)
+fn hopper(card: &Card, shape: &AttentionShape) -> bool {
+    card.capability == (9, 0) && matches!(shape.head_dim, 64 | 128)
 }
 
-fn forward_variant(capability: (i32, i32), shape: &AttentionShape, room: Room) -> Variant {
-    if hopper(capability, shape) {
+fn forward_variant(card: &Card, shape: &AttentionShape, room: Room) -> Variant {
+    if hopper(card, shape) {
         return variant("attention_hopper", shape, room, &[]);
     }
-    let [warps, row_tiles, block_n] = forward_tiles(shape.head_dim);
-    variant("attention", shape, room, &[("WARPS", warps), ("ROW_TILES", row_tiles), ("BLOCK_N", block_n)])
+    variant("attention", shape, room, &forward_sizes(shape.head_dim))
 }
 
 /// The portable kernels; the first of them serves every card.
-fn backward_variant(shape: &AttentionShape, room: Room) -> Variant {
-    let [warps, block, passes] = backward_tiles(shape.head_dim);
-    let sizes = [
-        ("KEY_WARPS", warps),
-        ("KEY_BLOCK_M", block),
-        ("KEY_PASSES", passes),
-        ("QUERY_WARPS", warps),
-        ("QUERY_BLOCK_N", block),
-    ];
-    variant("attention_backward", shape, room, &sizes)
+fn backward_variant(shape: &AttentionShape, tiles: BackwardTiles, room: Room) -> Variant {
+    variant("attention_backward", shape, room, &tiles.sizes())
+}
+
+/// Macros of `attention.cu` for heads of so many dimensions.
+pub fn forward_sizes(head_dim: usize) -> [(&'static str, usize); 3] {
+    let [warps, row_tiles, block_n] = forward_tiles(head_dim);
+    [("WARPS", warps), ("ROW_TILES", row_tiles), ("BLOCK_N", block_n)]
+}
+
+/// Macros of `attention_backward.cu` for heads of so many dimensions on a card of this compute capability.
+pub fn backward_sizes(head_dim: usize, capability: (i32, i32)) -> [(&'static str, usize); 5] {
+    BackwardTiles::of(head_dim, shared_bytes(capability)).sizes()
 }
 
 /// Warps of a block, tiles of 16 rows of each, keys at a time.
@@ -220,9 +222,48 @@ fn forward_tiles(head_dim: usize) -> [usize; 3] {
     if head_dim <= 128 { [4, 2, 64] } else { [4, 1, 32] }
 }
 
-/// Warps of a block, rows of the other side at a time, passes over the head's columns.
-fn backward_tiles(head_dim: usize) -> [usize; 3] {
-    if head_dim <= 128 { [8, 64, 1] } else { [4, 32, 2] }
+/// How the portable backward kernels share their work.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct BackwardTiles {
+    /// Of a block; each holds 16 rows.
+    warps: usize,
+    /// Rows of the other side at a time.
+    block: usize,
+    /// Over the head's columns.
+    passes: usize,
+}
+
+/// From fast to lean, for heads of up to 128 dimensions, and for wider ones, whose gradients take two passes.
+const BACKWARD_TILES: [[BackwardTiles; 3]; 2] = [
+    [BackwardTiles::new(8, 64, 1), BackwardTiles::new(8, 32, 1), BackwardTiles::new(6, 32, 1)],
+    [BackwardTiles::new(4, 32, 2), BackwardTiles::new(4, 16, 2), BackwardTiles::new(3, 16, 2)],
+];
+
+impl BackwardTiles {
+    const fn new(warps: usize, block: usize, passes: usize) -> Self {
+        Self { warps, block, passes }
+    }
+
+    /// The fastest that a block has shared memory for; the leanest fits every card since sm_80.
+    fn of(head_dim: usize, shared_bytes: usize) -> Self {
+        let [fast, lean, leanest] = BACKWARD_TILES[usize::from(head_dim > 128)];
+        [fast, lean].into_iter().find(|tiles| tiles.shared_bytes(head_dim) <= shared_bytes).unwrap_or(leanest)
+    }
+
+    /// Shared memory of a block, bytes: tiles of the block's own rows, two stages of the other side's, and statistics.
+    fn shared_bytes(self, head_dim: usize) -> usize {
+        (32 * self.warps + 4 * self.block) * (2 * head_dim + 16) + 16 * self.block
+    }
+
+    fn sizes(self) -> [(&'static str, usize); 5] {
+        [
+            ("KEY_WARPS", self.warps),
+            ("KEY_BLOCK_M", self.block),
+            ("KEY_PASSES", self.passes),
+            ("QUERY_WARPS", self.warps),
+            ("QUERY_BLOCK_N", self.block),
+        ]
+    }
 }
 
 fn check(shape: &AttentionShape) -> Result<(), EngineError> {
@@ -265,4 +306,27 @@ fn query_section(shape: &AttentionShape, tokens: usize) -> i32 {
 fn key_section(shape: &AttentionShape, tokens: usize) -> i32 {
     let per_head = (tokens * shape.head_dim * 4 * shape.heads) as f64 / shape.kv_heads as f64;
     ((SECTION_BYTES / per_head) as i32).clamp(1, shape.kv_heads as i32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_head_has_tiles_that_fit_every_card() {
+        for capability in [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)] {
+            let most = shared_bytes(capability);
+            for head_dim in (16..=256).step_by(16) {
+                let tiles = BackwardTiles::of(head_dim, most);
+                assert!(tiles.shared_bytes(head_dim) <= most, "{head_dim} on {capability:?}: {tiles:?}");
+                assert!(tiles.block <= 16 * tiles.warps, "{tiles:?}");
+                let [warps, row_tiles, block_n] = forward_tiles(head_dim);
+                assert!((16 * row_tiles * warps + 2 * block_n) * (2 * head_dim + 16) <= most);
+            }
+        }
+        // Cards of people at home have 99 KiB where the H100 has 227.
+        assert_eq!(BackwardTiles::of(128, shared_bytes((9, 0))).sizes()[..2], [("KEY_WARPS", 8), ("KEY_BLOCK_M", 64)]);
+        assert_eq!(BackwardTiles::of(128, shared_bytes((8, 9))).sizes()[..2], [("KEY_WARPS", 6), ("KEY_BLOCK_M", 32)]);
+        assert_eq!(BackwardTiles::of(64, shared_bytes((8, 9))).sizes()[..2], [("KEY_WARPS", 8), ("KEY_BLOCK_M", 64)]);
+    }
 }
