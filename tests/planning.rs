@@ -47,7 +47,7 @@ fn options(method: Method) -> TrainingOptions {
 }
 
 fn card(name: &str) -> Target {
-    KnownCard::named(name).expect("a known card").target()
+    KnownCard::named(name).unwrap_or_else(|none| panic!("{name}: {none:?}")).target()
 }
 
 /// A card of which a run may take this many bytes.

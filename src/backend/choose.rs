@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::{EngineError, Session, WeightSource, cpu, cuda, wgpu};
+use crate::monitor::gpu::Gpus;
 use crate::program::{DType, Plan, Target};
 
 /// A device that a plan can be opened on.
@@ -17,6 +18,20 @@ pub enum Device {
     Wgpu(wgpu::Options),
 }
 
+/// A device that was found and not opened: nothing of it is taken, and it may be full.
+#[derive(Clone, Debug)]
+pub struct Found {
+    pub device: Device,
+    /// `cpu`, `wgpu` or `cuda`.
+    pub engine: &'static str,
+    /// Shown to the user: `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Which one it is, by whatever engine and under whatever number: runs on one device wait for each other.
+    pub identity: String,
+    /// Why this device, for the user.
+    pub reason: String,
+}
+
 /// What `engine.device` and `engine.precision` came to.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Choice {
@@ -26,26 +41,49 @@ pub struct Choice {
     pub reason: String,
 }
 
+impl Found {
+    /// The device as it is now: with what is free on it.
+    ///
+    /// # Errors
+    /// When it does not open.
+    pub fn choice(&self) -> Result<Choice, EngineError> {
+        let target = match &self.device {
+            Device::Cpu => cpu::target()?,
+            Device::Cuda(ordinal) => cuda::target(*ordinal)?,
+            Device::Wgpu(options) => wgpu::target(options)?,
+        };
+        Ok(Choice { device: self.device, target, reason: self.reason.clone() })
+    }
+}
+
+/// The device for `engine.device` and `engine.precision` as it is now ([`find`]).
+///
+/// # Errors
+/// When the device is not there, does not compute in that precision, or does not open.
+pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
+    find(device, precision)?.choice()
+}
+
 /// Finds the device for `engine.device` (`auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`, `wgpu:N`) and `engine.precision`
-/// (`auto`, `f32`, `f16`, `bf16`, `fp8`). `auto` takes CUDA where a card and its libraries are there, else a hardware
-/// adapter through wgpu, else the CPU.
+/// (`auto`, `f32`, `f16`, `bf16`, `fp8`). `auto` takes CUDA where a card and its libraries are there, however full the card
+/// is; else a hardware adapter through wgpu, else the CPU.
 ///
 /// # Errors
 /// When the device is not there, or does not compute in that precision.
-pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
+pub fn find(device: &str, precision: &str) -> Result<Found, EngineError> {
     let unsupported = |engine, what| Err(EngineError::Unsupported { engine, what });
     match device {
-        "auto" => match choose_cuda(precision) {
-            Ok(choice) => Ok(choice),
-            Err(cuda) => match choose_wgpu("wgpu", precision, "a graphics adapter is there, and no CUDA") {
-                Ok(choice) => Ok(choice),
-                Err(wgpu) => choose_cpu(precision, format!("{cuda}; {wgpu}")),
+        "auto" => match find_cuda(precision) {
+            Ok(found) => Ok(found),
+            Err(cuda) => match find_wgpu("wgpu", precision, &format!("a graphics adapter is there; {cuda}")) {
+                Ok(found) => Ok(found),
+                Err(wgpu) => find_cpu(precision, format!("{cuda}; {wgpu}")),
             },
         },
-        "cpu" => choose_cpu(precision, "asked for".into()),
+        "cpu" => find_cpu(precision, "asked for".into()),
         "cuda" => cuda_on(0, precision, "asked for".into()),
-        "wgpu" => choose_wgpu(device, precision, "asked for"),
-        _ if device.starts_with("wgpu:") => choose_wgpu(device, precision, "asked for"),
+        "wgpu" => find_wgpu(device, precision, "asked for"),
+        _ if device.starts_with("wgpu:") => find_wgpu(device, precision, "asked for"),
         _ => match device.strip_prefix("cuda:").map(str::parse) {
             Some(Ok(ordinal)) => cuda_on(ordinal, precision, "asked for".into()),
             _ => unsupported(
@@ -56,42 +94,54 @@ pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
     }
 }
 
-/// The first card that can train, or why there is none.
-fn choose_cuda(precision: &str) -> Result<Choice, String> {
-    if !matches!(precision, "auto" | "bf16" | "fp8") {
+/// The card that can train, of several the one with the most free memory; or why there is none.
+fn find_cuda(precision: &str) -> Result<Found, String> {
+    if !computes_on_cuda(precision) {
         return Err(format!("precision {precision} was asked for, which CUDA does not compute in"));
     }
     let cards = cuda::cards().map_err(|error| error.to_string())?;
     if cards.is_empty() {
-        return Err("no other engine was found".into());
+        return Err("no NVIDIA card was found".into());
     }
-    let mut why = String::new();
-    for card in cards {
+    let (mut usable, mut why) = (Vec::new(), String::new());
+    for card in &cards {
         match cuda_on(card.ordinal, precision, "an NVIDIA card is there".into()) {
-            Ok(choice) => return Ok(choice),
+            Ok(found) => usable.push(found),
             Err(error) => why = format!("{} cannot be used: {error}", card.name),
         }
     }
-    Err(why)
+    let several = usable.len() > 1;
+    let gpus = if several { Gpus::open() } else { None };
+    // Of equals the first; a difference that a process on its way makes is none.
+    let free = |found: &Found| gpus.as_ref().and_then(|gpus| gpus.free_bytes(&found.identity)).unwrap_or(0) >> 30;
+    let most = usable.iter().map(free).max();
+    let found = usable.into_iter().find(|found| Some(free(found)) == most).ok_or(why)?;
+    Ok(match several {
+        true => Found { reason: "of the NVIDIA cards it has the most free memory".into(), ..found },
+        false => found,
+    })
 }
 
-fn cuda_on(ordinal: usize, precision: &str, reason: String) -> Result<Choice, EngineError> {
-    if !matches!(precision, "auto" | "bf16" | "fp8") {
-        let what = format!("engine.precision = {precision:?}; it computes in bf16 and fp8");
-        return Err(EngineError::Unsupported { engine: "cuda", what });
+fn computes_on_cuda(precision: &str) -> bool {
+    matches!(precision, "auto" | "bf16" | "fp8")
+}
+
+fn cuda_on(ordinal: usize, precision: &str, reason: String) -> Result<Found, EngineError> {
+    let unsupported = |what| Err(EngineError::Unsupported { engine: "cuda", what });
+    if !computes_on_cuda(precision) {
+        return unsupported(format!("engine.precision = {precision:?}; it computes in bf16 and fp8"));
     }
-    let target = cuda::target(ordinal)?;
-    if precision == "fp8" && target.fp8_flops.is_none() {
-        let what = format!(
+    let card = cuda::usable(ordinal)?;
+    if precision == "fp8" && !card.has_fp8() {
+        return unsupported(format!(
             "engine.precision = \"fp8\" on {}, which has no 8-bit products (Ada, Hopper and newer have); use bf16",
-            target.name
-        );
-        return Err(EngineError::Unsupported { engine: "cuda", what });
+            card.name
+        ));
     }
-    Ok(Choice { device: Device::Cuda(ordinal), target, reason })
+    Ok(Found { device: Device::Cuda(ordinal), engine: "cuda", name: card.name, identity: card.identity, reason })
 }
 
-fn choose_wgpu(device: &str, precision: &str, reason: &str) -> Result<Choice, EngineError> {
+fn find_wgpu(device: &str, precision: &str, reason: &str) -> Result<Found, EngineError> {
     let options = wgpu::Options::parse(device, precision)?;
     let target = wgpu::target(&options)?;
     // The precision is settled here, so that plan and session agree.
@@ -108,15 +158,17 @@ fn choose_wgpu(device: &str, precision: &str, reason: &str) -> Result<Choice, En
         ),
         _ => reason,
     };
-    Ok(Choice { device: Device::Wgpu(options), target, reason })
+    let identity = wgpu::identity(&options)?;
+    Ok(Found { device: Device::Wgpu(options), engine: "wgpu", name: target.name, identity, reason })
 }
 
-fn choose_cpu(precision: &str, reason: String) -> Result<Choice, EngineError> {
+fn find_cpu(precision: &str, reason: String) -> Result<Found, EngineError> {
     if !matches!(precision, "auto" | "f32") {
         let what = format!("engine.precision = {precision:?}; it computes in f32");
         return Err(EngineError::Unsupported { engine: "cpu", what });
     }
-    Ok(Choice { device: Device::Cpu, target: cpu::target()?, reason })
+    // Runs on the CPU share it.
+    Ok(Found { device: Device::Cpu, engine: "cpu", name: cpu::target()?.name, identity: "cpu".into(), reason })
 }
 
 /// Opens a plan on a device.

@@ -11,7 +11,7 @@ pub mod inspect;
 mod quantized;
 pub mod wgpu;
 
-pub use choose::{Choice, Device, choose, open, open_tuned};
+pub use choose::{Choice, Device, Found, choose, find, open, open_tuned};
 
 use crate::program::{BufferId, DType, Plan};
 

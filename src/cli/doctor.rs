@@ -38,8 +38,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
     if arguments.fix {
         return fix(arguments.yes);
     }
-    let device = match backend::choose("auto", "auto") {
-        Ok(choice) => format!("{} ({})", choice.target.name, choice.reason),
+    let device = match backend::find("auto", "auto") {
+        Ok(found) => format!("{} ({})", found.name, found.reason),
         Err(error) => format!("none: {error}"),
     };
     let diagnosis = Diagnosis {
@@ -60,9 +60,12 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
 
 /// Runs the one command that mends what can be mended from here.
 fn fix(yes: bool) -> anyhow::Result<u8> {
-    let Some(fix) = backend::cuda::fix() else {
-        println!("there is nothing to bring; `tune doctor` says what is missing");
-        return Ok(exit::DONE);
+    let fix = match backend::cuda::fix() {
+        Ok(fix) => fix,
+        Err(why) => {
+            println!("there is nothing to bring: {why}");
+            return Ok(exit::DONE);
+        }
     };
     let command = shell_words::join(&fix.command);
     println!("{}\n  {command}", fix.about);

@@ -11,7 +11,7 @@ use super::paint::{Stream, Tone, paint};
 use super::report::Failure;
 use super::request::Request;
 use super::train::{check_engine, resolved, resolved_for};
-use crate::backend::cuda::{KNOWN_CARDS, KnownCard};
+use crate::backend::cuda::{KNOWN_CARDS, KnownCard, NoCard};
 use crate::backend::{self, Choice, Device, EngineError, Session};
 use crate::program::{Plan, Role, plan};
 use crate::run::worker::exit;
@@ -91,12 +91,22 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
     let (spec, choice) = match &arguments.card {
         None => {
             let spec = resolved(&arguments.request)?;
-            let choice = check_engine(&spec)?;
+            let choice = check_engine(&spec)?.choice().map_err(|error| {
+                Failure::run(error.to_string(), "end other programs that use the device; `tune doctor` looks at it")
+            })?;
             (spec, choice)
         }
         Some(name) => {
             let target = known_card(name)?.target();
             let spec = resolved_for(&arguments.request, Some(target.engine))?;
+            let device = spec.engine.device.as_str();
+            if device != "auto" && device.split(':').next() != Some(target.engine) {
+                return Err(Failure::request(
+                    format!("--card plans for the CUDA engine, and engine.device = {device:?}"),
+                    "leave --card out, or add --set engine.device=auto",
+                )
+                .into());
+            }
             (spec, Choice { device: Device::Cuda(0), target, reason: "known by name, with nothing else on it".into() })
         }
     };
@@ -146,12 +156,20 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
 
 /// The card that `--card` names.
 fn known_card(name: &str) -> Result<&'static KnownCard, Failure> {
-    KnownCard::named(name).ok_or_else(|| {
-        let names: Vec<&str> = KNOWN_CARDS.iter().map(|card| card.name).collect();
-        Failure::request(
-            format!("--card {name:?} is no card that is known here"),
-            format!("there are {}", names.join(", ")),
-        )
+    KnownCard::named(name).map_err(|none| match none {
+        NoCard::TooOld((major, minor)) => Failure::request(
+            format!(
+                "--card {name:?}: compute capability {major}.{minor} has no bf16 matrix products, 8.0 and newer have"
+            ),
+            "there the WGSL engine trains: `tune plan --device wgpu` on that machine answers for it",
+        ),
+        NoCard::Unknown => {
+            let names: Vec<&str> = KNOWN_CARDS.iter().map(|card| card.name).collect();
+            Failure::request(
+                format!("--card {name:?} is no card that is known here"),
+                format!("there are {}", names.join(", ")),
+            )
+        }
     })
 }
 

@@ -88,22 +88,22 @@ pub fn resolved_for(request: &Request, engine: Option<&str>) -> anyhow::Result<R
     Ok(complete)
 }
 
-/// Refuses what the chosen engine cannot do.
+/// Refuses what the chosen engine cannot do. The device is not opened: another run may have all of it.
 ///
 /// # Errors
 /// When the device is not there, or cannot do what the spec asks.
-pub fn check_engine(spec: &RunSpec) -> anyhow::Result<backend::Choice> {
+pub fn check_engine(spec: &RunSpec) -> anyhow::Result<backend::Found> {
     let engine = spec.engine.device.split(':').next().unwrap_or_default();
     if let Some(capabilities) = Capabilities::of(engine) {
         capabilities.check(spec)?;
     }
-    let choice = backend::choose(&spec.engine.device, &spec.engine.precision).map_err(|error| {
+    let found = backend::find(&spec.engine.device, &spec.engine.precision).map_err(|error| {
         Failure::request(error.to_string(), "`tune doctor` says which engines there are and what is missing")
     })?;
-    if let Some(capabilities) = Capabilities::of(choice.target.engine) {
+    if let Some(capabilities) = Capabilities::of(found.engine) {
         capabilities.check(spec)?;
     }
-    Ok(choice)
+    Ok(found)
 }
 
 /// Starts a run's worker and shows its events; gives the exit code.

@@ -1,14 +1,15 @@
 //! `tune worker`: the process that trains. Started by the other verbs, never by hand.
 
+use std::cell::OnceCell;
 use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::backend;
+use crate::backend::{self, Found};
 use crate::run::worker::{End, Failure, Job, exit, run as work};
 use crate::run::{Home, RunError, RunFolder, launch};
 use crate::spec::{Capabilities, RunSpec};
-use crate::train::{self, Controls, Outcome};
+use crate::train::{self, Controls, Outcome, TrainError};
 
 /// Train a run in this process
 #[derive(Args, Debug)]
@@ -23,30 +24,33 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
     }
     // Runs are two folders below the home.
     let home = path.ancestors().nth(2).map(Home::at).ok_or(RunError::NoHome)?;
-    Ok(work(&home, &RunFolder::at(path), &Training)?)
+    Ok(work(&home, &RunFolder::at(path), &Training::default())?)
 }
 
 /// The job of every worker.
-struct Training;
+#[derive(Default)]
+struct Training {
+    /// The device whose lock the worker has: looked for once, for another may be the better one later.
+    found: OnceCell<Found>,
+}
 
 impl Job for Training {
     fn device(&self, spec: &RunSpec) -> Result<String, Failure> {
         let request = |error: String, hint: &str| Failure { error, hint: hint.into(), request: true };
-        let choice = backend::choose(&spec.engine.device, &spec.engine.precision)
+        let found = backend::find(&spec.engine.device, &spec.engine.precision)
             .map_err(|error| request(error.to_string(), "`tune doctor` says which engines there are"))?;
-        if let Some(capabilities) = Capabilities::of(choice.target.engine) {
+        if let Some(capabilities) = Capabilities::of(found.engine) {
             capabilities.check(spec).map_err(|error| request(error.to_string(), ""))?;
         }
-        // Runs on the CPU share it; of the others each has a number, 0 where none is given.
-        let number = spec.engine.device.split_once(':').map_or("0", |(_, number)| number);
-        Ok(match choice.target.engine {
-            "cpu" => "cpu".into(),
-            engine => format!("{engine}-{number}"),
-        })
+        Ok(self.found.get_or_init(|| found).identity.clone())
     }
 
     fn train(&self, spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) -> Result<End, Failure> {
-        match train::train(spec, folder, controls) {
+        let found = match self.found.get() {
+            Some(found) => Ok(found.clone()),
+            None => backend::find(&spec.engine.device, &spec.engine.precision).map_err(TrainError::from),
+        };
+        match found.and_then(|found| train::train(spec, &found, folder, controls)) {
             Ok(Outcome::Finished) => Ok(End::Finished),
             Ok(Outcome::Stopped { .. }) => Ok(End::Stopped),
             Err(error) => Err(Failure { error: error.to_string(), hint: error.hint(), request: error.is_request() }),

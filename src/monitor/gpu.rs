@@ -53,13 +53,44 @@ impl Gpus {
         })
     }
 
-    /// What holds a card's clocks back, in words; nothing where it does not say.
-    pub fn throttle_reasons(&self, index: u32) -> Vec<&'static str> {
-        self.nvml.device_by_index(index).map(|device| reasons(&device)).unwrap_or_default()
+    /// What holds a device's clocks back, in words ([`crate::backend::Found::identity`]); nothing where it does not say.
+    pub fn throttle_reasons(&self, identity: &str) -> Vec<&'static str> {
+        self.named(identity).map(|device| reasons(&device)).unwrap_or_default()
     }
+
+    /// Bytes of a device that nobody has.
+    pub fn free_bytes(&self, identity: &str) -> Option<u64> {
+        Some(self.named(identity)?.memory_info().ok()?.free)
+    }
+
+    /// Whether the device is one of NVIDIA's.
+    pub fn has(&self, identity: &str) -> bool {
+        self.named(identity).is_some()
+    }
+
+    fn named(&self, identity: &str) -> Option<nvml_wrapper::Device<'_>> {
+        self.nvml.device_by_pci_bus_id(pci_place(identity)?).ok()
+    }
+}
+
+/// The place in a device's name, as `0000:1b:00.0`; what follows it names a part of the card.
+fn pci_place(identity: &str) -> Option<&str> {
+    identity.strip_prefix("pci-")?.split('-').next()
 }
 
 fn reasons(device: &nvml_wrapper::Device) -> Vec<&'static str> {
     let reasons = device.current_throttle_reasons().unwrap_or(ThrottleReasons::empty());
     REASONS.iter().filter(|(bit, _)| reasons.contains(*bit)).map(|(_, name)| *name).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pci_place;
+
+    #[test]
+    fn a_card_is_known_by_its_place() {
+        assert_eq!(pci_place("pci-0000:1b:00.0"), Some("0000:1b:00.0"));
+        assert_eq!(pci_place("pci-0000:1b:00.0-5a2f"), Some("0000:1b:00.0"));
+        assert_eq!(pci_place("cpu"), None);
+    }
 }

@@ -13,7 +13,7 @@ const LOOKS: u32 = 3;
 /// Looks at a card now and then, and tells once a run what holds it back.
 #[derive(Default)]
 pub struct ThrottleWatch {
-    card: Option<(Gpus, u32)>,
+    card: Option<(Gpus, String)>,
     looked: Option<Instant>,
     /// Looks in a row that gave a reason.
     held: u32,
@@ -21,21 +21,20 @@ pub struct ThrottleWatch {
 }
 
 impl ThrottleWatch {
-    /// For the device that a run has, `cuda-0`; a device that is no NVIDIA card is never looked at.
-    pub fn of_device(device: &str) -> Self {
-        let number = device.strip_prefix("cuda-").and_then(|number| number.parse().ok());
-        let card = number.and_then(|number| Some((Gpus::open()?, number)));
+    /// For the device that a run has ([`crate::backend::Found::identity`]); one that is no NVIDIA card is never looked at.
+    pub fn of_device(identity: &str) -> Self {
+        let card = Gpus::open().filter(|gpus| gpus.has(identity)).map(|gpus| (gpus, identity.to_owned()));
         Self { card, ..Self::default() }
     }
 
     /// Looks, if it is time to.
     pub fn look(&mut self) -> Option<Warning> {
-        let (gpus, number) = self.card.as_ref()?;
+        let (gpus, identity) = self.card.as_ref()?;
         if self.told || self.looked.is_some_and(|looked| looked.elapsed() < PERIOD) {
             return None;
         }
         self.looked = Some(Instant::now());
-        let reasons = gpus.throttle_reasons(*number);
+        let reasons = gpus.throttle_reasons(identity);
         self.judge(&reasons)
     }
 

@@ -10,8 +10,8 @@ use super::prepare::{self, Prepared};
 use super::schedule::{RateSchedule, interval};
 use super::stepper::{StepResult, Stepper};
 use super::{Controls, TrainError, result};
-use crate::backend;
 use crate::backend::inspect::{NonFinite, locate_non_finite};
+use crate::backend::{self, Found};
 use crate::data::{self, ChatTemplate, Message, MicroBatch, Row};
 use crate::generate::{Generator, Sampling};
 use crate::program::{Plan, Role};
@@ -35,14 +35,19 @@ const LEARNING_RATE: &str = "train.learning_rate";
 /// Tokens of an answer sampled during training.
 const SAMPLE_TOKENS: usize = 128;
 
-/// Trains from the run folder's last checkpoint, or from the start where there is none.
+/// Trains on a device from the run folder's last checkpoint, or from the start where there is none.
 ///
 /// # Errors
 /// When the request does not fit, the device fails, or the result cannot be written. A checkpoint in between that
 /// cannot be written is a `warning` event: training goes on.
-pub fn train(spec: &RunSpec, folder: &RunFolder, controls: &mut dyn Controls) -> Result<Outcome, TrainError> {
+pub fn train(
+    spec: &RunSpec,
+    found: &Found,
+    folder: &RunFolder,
+    controls: &mut dyn Controls,
+) -> Result<Outcome, TrainError> {
     let prepared = prepare::prepare(spec, &|_| {})?;
-    let choice = backend::choose(&spec.engine.device, &spec.engine.precision)?;
+    let choice = found.choice()?;
     let target = &choice.target;
     let resume_from = folder.checkpoint_steps().last().map(|step| folder.checkpoints().join(checkpoint::name(*step)));
     let resumed = resume_from.as_deref().map(checkpoint::read_state).transpose()?;

@@ -10,6 +10,7 @@ pub fn doctor() -> Report {
     let mut findings = Vec::new();
     let mut usable = true;
     let without_driver = library::missing() == Some(Library::Driver);
+    let useless = useless();
     for found in library::find() {
         let name = found.library.name();
         match &found.path {
@@ -17,13 +18,20 @@ pub fn doctor() -> Report {
             None if without_driver && found.library != Library::Driver => {
                 findings.push(Finding::absent(name, "not found, and of no use without the driver", ""));
             }
+            None if useless.is_some() && found.library != Library::Driver => {
+                usable = false;
+                findings.push(Finding::absent(name, "not found, and of no use here", ""));
+            }
             None => {
                 usable = false;
-                let (what, mend) = match found.library {
+                let (what, mend): (_, String) = match found.library {
                     Library::Driver => {
                         ("not on this machine", "install NVIDIA's driver if there is an NVIDIA card".into())
                     }
-                    _ => ("not found on the loader's path, in CUDA folders or in the active Python", mend()),
+                    _ => (
+                        "not found on the loader's path, in CUDA folders or in the active Python",
+                        "tune doctor --fix".into(),
+                    ),
                 };
                 findings.push(Finding::missing(name, what, mend));
             }
@@ -44,10 +52,10 @@ pub fn doctor() -> Report {
             }
             for card in cards {
                 let name = format!("card {}", card.ordinal);
-                let (major, minor) = card.capability;
+                let (major, minor) = card.architecture;
                 let gib = card.total_bytes as f64 / f64::from(1 << 30);
                 let detail = format!("{}, {gib:.1} GiB, compute capability {major}.{minor}", card.name);
-                match architecture(card.capability) {
+                match architecture(card.architecture) {
                     Ok(_) => {
                         any = true;
                         findings.push(Finding::found(name, detail));
@@ -79,10 +87,6 @@ fn detail(library: Library, path: &str) -> String {
     }
 }
 
-fn mend() -> String {
-    "tune doctor --fix".into()
-}
-
 /// NVIDIA's libraries for a machine that has only the driver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fix {
@@ -94,17 +98,40 @@ pub struct Fix {
     pub runnable: bool,
 }
 
-/// How to bring the libraries that are missing; none when nothing is.
-pub fn fix() -> Option<Fix> {
+/// Why NVIDIA's libraries would be of no use on this machine, if so: nothing here runs what they make.
+fn useless() -> Option<String> {
+    if library::missing() == Some(Library::Driver) {
+        return Some("there is no NVIDIA driver on this machine, and its libraries are of no use without one".into());
+    }
+    let cards = super::cards().ok()?;
+    if cards.is_empty() {
+        return Some("the NVIDIA driver shows no card".into());
+    }
+    if let Some(what) = super::driver::too_old() {
+        return Some(format!("{what}: update NVIDIA's driver, or use --device wgpu"));
+    }
+    let words = |card: &super::CardFacts| Some(format!("{}: {}", card.name, architecture(card.architecture).err()?));
+    let too_old: Option<Vec<String>> = cards.iter().map(words).collect();
+    Some(too_old?.join("; "))
+}
+
+/// How to bring the libraries that are missing.
+///
+/// # Errors
+/// Why there is nothing to bring.
+pub fn fix() -> Result<Fix, String> {
     let missing: Vec<Library> =
         library::find().iter().filter(|found| found.path.is_none()).map(|found| found.library).collect();
-    // Without a driver NVIDIA's libraries are of no use.
-    if missing.is_empty() || missing.contains(&Library::Driver) {
-        return None;
+    if let Some(why) = useless() {
+        return Err(why);
+    }
+    if missing.is_empty() {
+        return Err("NVIDIA's libraries are there".into());
     }
     let driver = library::driver_major();
     let packages: Vec<&str> = missing.iter().filter_map(|library| library.package(driver)).collect();
-    let folder = library::own_folder()?.display().to_string();
+    let folder = library::own_folder().ok_or("this user has no data folder: set HOME or XDG_DATA_HOME")?;
+    let folder = folder.display().to_string();
     let program = ["uv", "pip3", "pip"].into_iter().find(|program| on_path(program));
     let mut command: Vec<String> = match program {
         Some("uv") => vec!["uv".into(), "pip".into(), "install".into()],
@@ -113,9 +140,9 @@ pub fn fix() -> Option<Fix> {
     };
     command.extend(["--target".into(), folder.clone()]);
     command.extend(packages.iter().map(|package| package.to_string()));
-    let megabytes: u32 = missing.iter().map(|library| library.megabytes()).sum();
+    let megabytes: u32 = missing.iter().map(|library| library.megabytes(driver)).sum();
     let about = format!("{} from NVIDIA, about {megabytes} MB to download, into {folder}", packages.join(" and "));
-    Some(Fix { about, command, runnable: program.is_some() })
+    Ok(Fix { about, command, runnable: program.is_some() })
 }
 
 fn on_path(program: &str) -> bool {

@@ -106,6 +106,31 @@ pub struct CardFacts {
     pub capability: (i32, i32),
     pub total_bytes: u64,
     pub multiprocessors: u32,
+    /// Where it sits, `pci-0000:1b:00.0`; the driver numbers cards as each process asks for.
+    pub identity: String,
+}
+
+impl CardFacts {
+    /// Whether it multiplies 8-bit floats.
+    pub fn has_fp8(&self) -> bool {
+        self.capability >= (8, 9)
+    }
+}
+
+/// [`CardFacts::identity`]. Parts of a divided card (MIG) sit in one place and are told apart by their own names.
+fn identity(device: sys::CUdevice, name: &str) -> Result<String, EngineError> {
+    let mut text = [0u8; 32];
+    // SAFETY: the driver writes at most as many bytes as it is told, a C string.
+    unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as i32, device) }
+        .result()
+        .during("asking where a card sits")?;
+    let place = String::from_utf8_lossy(text.split(|&byte| byte == 0).next().unwrap_or_default()).to_lowercase();
+    if !name.contains("MIG") {
+        return Ok(format!("pci-{place}"));
+    }
+    let part = result::device::get_uuid(device).during("asking for the name of a part of a card")?;
+    let part: String = part.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
+    Ok(format!("pci-{place}-{part}"))
 }
 
 fn attribute(device: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<i32, EngineError> {
@@ -134,6 +159,7 @@ fn facts(ordinal: i32) -> Result<CardFacts, EngineError> {
     let capability = chosen_capability(architecture)?;
     Ok(CardFacts {
         ordinal: ordinal as usize,
+        identity: identity(device, &name)?,
         // The name says it, so that a run goes on with the kernels it began with or says why not.
         name: match capability == architecture {
             true => name,

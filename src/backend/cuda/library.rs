@@ -61,12 +61,14 @@ impl Library {
         }
     }
 
-    /// Megabytes to download, roughly.
-    pub fn megabytes(self) -> u32 {
-        match self {
-            Library::Driver => 0,
-            Library::Nvrtc => 90,
-            Library::CublasLt => 400,
+    /// Megabytes to download for a driver: the wheels for x86-64 as they were at the end of 2026.
+    pub fn megabytes(self, driver: Option<u32>) -> u32 {
+        match (self, driver) {
+            (Library::Driver, _) => 0,
+            (Library::Nvrtc, Some(..=12)) => 90,
+            (Library::Nvrtc, _) => 60,
+            (Library::CublasLt, Some(..=12)) => 580,
+            (Library::CublasLt, _) => 445,
         }
     }
 }

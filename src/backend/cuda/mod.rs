@@ -9,6 +9,7 @@ mod command;
 pub mod compile;
 mod doctor;
 mod driver;
+mod known;
 pub mod library;
 mod lower;
 mod memory;
@@ -22,9 +23,10 @@ mod weights;
 pub use ceilings::{Ceilings, ceilings};
 pub use doctor::{Fix, doctor, fix};
 pub use driver::CardFacts;
+pub use known::{KNOWN_CARDS, KnownCard, NoCard};
 pub use lower::attention::{backward_sizes, forward_sizes};
 pub use session::{CudaSession, TimedLaunch};
-pub use target::{KNOWN_CARDS, KnownCard, target};
+pub use target::target;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -66,6 +68,26 @@ pub fn cards() -> Result<Vec<CardFacts>, EngineError> {
         return Ok(Vec::new());
     }
     driver::cards()
+}
+
+/// A card that this machine has, this engine has kernels for, and libraries are there for; it is not opened.
+///
+/// # Errors
+/// What of this does not hold.
+pub fn usable(ordinal: usize) -> Result<CardFacts, EngineError> {
+    let cards = cards()?;
+    if cards.is_empty() {
+        // Without a driver there are no cards either.
+        require_libraries()?;
+    }
+    let count = cards.len();
+    let card = cards.into_iter().nth(ordinal);
+    let card =
+        card.ok_or_else(|| driver::unsupported(format!("there is no card {ordinal}; the driver shows {count}")))?;
+    // An old card is of no use with the libraries either.
+    compile::architecture(card.architecture)?;
+    require_libraries()?;
+    Ok(card)
 }
 
 /// Fails, saying what to do, when a library is missing.

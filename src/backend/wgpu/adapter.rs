@@ -144,6 +144,16 @@ pub fn adapters() -> Vec<AdapterReport> {
         .collect()
 }
 
+/// Which device the options come to: where it sits if the driver says so, as for a card under any engine; else its name.
+///
+/// # Errors
+/// When there is no such adapter.
+pub fn identity(options: &Options) -> Result<String, EngineError> {
+    let info = select(options)?.get_info();
+    let place = info.device_pci_bus_id.to_lowercase();
+    Ok(if place.is_empty() { format!("wgpu-{}", info.name) } else { format!("pci-{place}") })
+}
+
 /// What `tune doctor` says of the engine.
 pub fn report() -> Report {
     let adapters = adapters();

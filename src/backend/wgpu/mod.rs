@@ -30,7 +30,7 @@ mod upload;
 
 use std::sync::Arc;
 
-pub use adapter::{AdapterReport, Options, adapters, is_software, quiet_layers, report, target};
+pub use adapter::{AdapterReport, Options, adapters, identity, is_software, quiet_layers, report, target};
 pub use lower::HALF_GRADIENT_FACTOR;
 pub use session::WgpuSession;
 pub use tuning::{Measurement, Verdict};
