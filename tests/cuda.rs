@@ -49,6 +49,13 @@ fn a_loss_that_is_no_number_is_not_left_out() {
     twin::check_losses_that_are_no_number(&target, &open);
 }
 
+#[test]
+fn four_and_eight_bits_are_those_of_bitsandbytes() {
+    let Some(target) = card() else { return };
+    twin::bitsandbytes::check_nf4(&target, &open);
+    twin::bitsandbytes::check_adamw8bit(&target, &open);
+}
+
 /// Kernels that take a gated product together with the next operation's branches, in more than one tile a block.
 #[test]
 fn wide_gated_products_agree_with_their_twins() {

@@ -32,6 +32,13 @@ fn linear_operations_on_quantized_weights_agree_with_their_twins() {
     twin::check_cases(twin::cases::odd_rows(&target), &target, &open, "");
 }
 
+#[test]
+fn four_and_eight_bits_are_those_of_bitsandbytes() {
+    let target = cpu::target().expect("a target");
+    twin::bitsandbytes::check_nf4(&target, &open);
+    twin::bitsandbytes::check_adamw8bit(&target, &open);
+}
+
 /// A session in which some pairs of buffers have one place: what is written to one is in the other too.
 struct Shared {
     session: Box<dyn Session>,

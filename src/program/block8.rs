@@ -44,16 +44,20 @@ impl Map {
     }
 }
 
-/// Seven decades, each with twice the values of the one below; 0 and 1 besides.
+/// Seven decades, each with twice the values of the one below; 0 and 1 besides. In f32, to the bit as bitsandbytes has them:
+/// its boundaries are `torch.linspace`'s, which counts from both ends.
 fn dynamic_map(signed: bool) -> [f32; 256] {
     let mut values = vec![0.0f32, 1.0];
     for decade in 0..7 {
         let items = if signed { 1usize << decade } else { 2 << decade };
-        let step = 0.9 / items as f64;
+        let step = (1.0f32 - 0.1) / items as f32;
+        let boundary = |at: usize| match at < items.div_ceil(2) {
+            true => step.mul_add(at as f32, 0.1),
+            false => (-step).mul_add((items - at) as f32, 1.0),
+        };
         for item in 0..items {
-            let boundaries = [0.1 + step * item as f64, 0.1 + step * (item + 1) as f64];
-            let mean = (boundaries[0] + boundaries[1]) / 2.0;
-            let value = (10f64.powi(decade - 6) * mean) as f32;
+            let mean = (boundary(item) + boundary(item + 1)) / 2.0;
+            let value = 10f64.powi(decade - 6) as f32 * mean;
             values.push(value);
             if signed {
                 values.push(-value);

@@ -6,6 +6,7 @@
 
 #![allow(dead_code)]
 
+pub mod bitsandbytes;
 pub mod cases;
 pub mod ops;
 pub mod quantized;
