@@ -153,11 +153,17 @@ pub fn check_adamw8bit(target: &Target, open: Opener) {
 
             let mut found = vec![0; 4 * count];
             session.read(parameter, &mut found).expect("read");
-            let found = found.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+            let floats = |bytes: &[u8]| -> Vec<f32> {
+                bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+            };
             let expected = values(&format!("adamw8bit.{name}.parameter.{step}"));
-            let most = found.zip(&expected).map(|(found, expected)| (found - expected).abs()).fold(0.0, f32::max);
-            // It decays the weight after the step and not before: by rate x decay x step, 1e-6 here.
-            assert!(most < 5e-6, "{name}, update {step}: a parameter is off by {most}");
+            for ((found, expected), before) in floats(&found).into_iter().zip(expected).zip(floats(&before)) {
+                // It decays the weight after the step and not before: by rate x decay of the step. Where the second moment was
+                // rounded to nothing steps are large, and their last digits with them.
+                let allowed = 3e-4 * (expected - before).abs() + 1e-6;
+                let off = (found - expected).abs();
+                assert!(off < allowed, "{name}, update {step}: {before} became {found}, not {expected}");
+            }
             for (id, moment) in [(first_moment, "first"), (second_moment, "second")] {
                 let expected = state(moment, step);
                 let mut found = vec![0; expected.len()];
