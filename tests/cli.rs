@@ -270,6 +270,21 @@ fn a_plan_that_does_not_fit_is_refused_before_anything_starts() {
 }
 
 #[test]
+fn a_card_is_planned_for_by_its_whole_name() {
+    let bench = Bench::new();
+    let plan = |card: &str, more: &[&str]| {
+        let (model, data) = (bench.model(), bench.data());
+        bench.tune(&[&["plan", "--model", &model, "--data", &data, "--card", card][..], more].concat())
+    };
+    let output = plan("NVIDIA GeForce RTX 4060 Ti 8GB", &[]);
+    assert!(output.code == 0 && output.out.contains("RTX 4060 Ti (known by name"), "{}", output.all());
+    refused(&bench, &plan("RTX A1000", &[]), &["RTX A1000", "no card that is known here", "RTX 4090"]);
+    refused(&bench, &plan("Tesla T4", &[]), &["compute capability 7.5", "8.0 and newer", "WGSL engine"]);
+    let output = plan("RTX 4090", &["--set", "engine.device=cpu"]);
+    refused(&bench, &output, &["--card plans for the CUDA engine", "engine.device = \"cpu\""]);
+}
+
+#[test]
 fn doctor_names_engines_and_folders() {
     let bench = Bench::new();
     let output = bench.tune(&["doctor", "--json"]);

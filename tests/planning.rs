@@ -300,12 +300,18 @@ fn short_memory_takes_the_fastest_way() {
     assert!(plan.summary.host_bytes <= most);
 }
 
-/// A plan counts what captured programs take: of many sizes of a large model only those that the host could not keep up
-/// with, of a small one all.
+/// A plan counts what captured programs take. Every micro-batch is captured where there is memory; where it is short, of many
+/// sizes of a large model only those that the host could not keep up with, of a small one all.
 #[test]
 fn captured_programs_are_part_of_the_plan() {
-    for (name, method, all) in [("llama-3.1-8b", qlora(16), false), ("smollm2-135m", lora(), true)] {
-        let (plan, choice) = search(&config(name), method, 2048, 1, &card("H100")).expect("a plan");
+    let short = budget(card("H100"), 5.7 * GIB);
+    for (name, method, target, all) in [
+        ("llama-3.1-8b", qlora(16), card("H100"), true),
+        ("llama-3.1-8b", qlora(16), short, false),
+        ("smollm2-135m", lora(), card("H100"), true),
+        ("smollm2-135m", lora(), budget(card("H100"), 0.6 * GIB), true),
+    ] {
+        let (plan, choice) = search(&config(name), method, 2048, 1, &target).expect("a plan");
         let programs = &plan.summary.programs;
         assert_eq!(plan.summary.bytes["graphs"], programs.iter().map(|program| program.graph_bytes).sum::<u64>());
         let micro = programs.iter().filter(|program| program.role == Role::Micro);

@@ -332,6 +332,8 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
     bytes.insert(Kind::Activation.name(), arena.saturating_sub(worst.1));
     if target.graph_bytes > 0 {
         capture(&workload, &target, &mut programs);
+        let free = target.memory.map(|memory| memory.saturating_sub(bytes.values().sum()));
+        capture_more(&workload, &target, free, &mut programs);
         bytes.insert("graphs", programs.iter().map(|program| program.graph_bytes).sum());
     }
     let peak_bytes = bytes.values().sum();
@@ -367,6 +369,20 @@ fn capture(workload: &Workload, target: &Target, programs: &mut [ProgramSummary]
         }
         captured += operations;
         summary.graph_bytes = operations as u64 * target.graph_bytes;
+    }
+}
+
+/// Captures every other micro-batch and the update where memory is left for it: it is not worth giving up anything else.
+/// Evaluations, which are few, and what is wanted once, stay launches.
+fn capture_more(workload: &Workload, target: &Target, free: Option<u64>, programs: &mut [ProgramSummary]) {
+    let mut taken: u64 = programs.iter().map(|program| program.graph_bytes).sum();
+    for (program, summary) in workload.programs.iter().zip(programs) {
+        let bytes = program.steps.len() as u64 * target.graph_bytes;
+        let often = matches!(summary.role, Role::Micro | Role::Update);
+        if often && summary.graph_bytes == 0 && free.is_none_or(|free| taken + bytes <= free) {
+            taken += bytes;
+            summary.graph_bytes = bytes;
+        }
     }
 }
 
