@@ -4,6 +4,7 @@
 #   bash tests/gpu.sh          there: runs them, with .gpu/ carried along; prints "N passed, N failed"
 # TUNE_CASES limits the operations to cases whose name contains it. SANITIZE="memcheck racecheck" runs them under the tools
 # of compute-sanitizer too: all in one run, or a run for each word of SANITIZE_CASES; a run has SANITIZE_LIMIT seconds (200).
+# OLDER="8.0 8.9": compute capabilities as whose cards attention is tried too, with as little shared memory as those have.
 # CROWDED="cuda wgpu": engines that are run beside a process that takes the card's memory (cuda).
 # SmolLM2's golden steps run where TUNE_SMOLLM2 is its folder, or parts of its GGUF file lie in MODEL_PARTS
 # (/tmp/tune-model), brought there by earlier calls; `split GGUF` here cuts the file into parts in .gpu_model/, with
@@ -61,6 +62,12 @@ passed=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$log" | awk '{ 
 failed=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$log" | awk '{ n += $1 } END { print n + 0 }')
 # A run that died has no result line.
 grep -q '^test result: ' "$log" || failed=$((failed + 1))
+for older in ${OLDER-8.0 8.9}; do
+    TUNE_CASES=attention TUNE_CUDA_CAPABILITY=$older .gpu/cuda every_operation --nocapture >"$log.older" 2>&1
+    code=$?
+    if [ $code = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    echo "attention as on a card of compute capability $older: $(grep -E 'agree|off by' "$log.older" | tail -3)"
+done
 sanitize() { # TOOL CASES
     local begun=$SECONDS code ours
     TUNE_CASES="$2" timeout "${SANITIZE_LIMIT:-200}" \
@@ -181,6 +188,22 @@ PYTHON
         .gpu/tune resume "$id" --json >"$work/crowded.resumed" 2>&1 || { tail -3 "$work/crowded.resumed"; return 1; }
         echo "  with the memory back it finished"
     }
+    # A run waits for another on the same card, through whichever engine.
+    queued() { # DEVICE
+        local first second
+        first=$(.gpu/tune train --model demo --data demo --device cuda --set train.steps=1000000 --detach) || return 1
+        for _ in $(seq 300); do grep -q '"event":"step"' "$TUNE_HOME/runs/$first/events.jsonl" 2>/dev/null && break; sleep 0.1; done
+        second=$(.gpu/tune train --model demo --data demo --device "$1" --detach) || return 1
+        for _ in $(seq 100); do grep -q '"event":"queued"' "$TUNE_HOME/runs/$second/events.jsonl" 2>/dev/null && break; sleep 0.1; done
+        .gpu/tune stop "$first" >/dev/null 2>&1
+        .gpu/tune wait "$second" >/dev/null 2>&1 || return 1
+        echo "  $(grep -o '"event":"queued".*' "$TUNE_HOME/runs/$second/events.jsonl") and then finished" && grep -q '"event":"queued"' "$TUNE_HOME/runs/$second/events.jsonl"
+    }
+    for device in auto wgpu; do
+        .gpu/tune choose "$device" auto | grep -q '"Ok"' || continue
+        echo "through the command line on $device, beside a run on cuda"
+        if queued "$device"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    done
     for device in ${CROWDED:-cuda}; do
         echo "through the command line on $device, beside a process that takes the card's memory"
         if crowded "$device"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
