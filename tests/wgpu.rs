@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tune::backend::wgpu::Options;
-use tune::backend::{EngineError, Session, WeightSource, cpu, wgpu};
+use tune::backend::{EngineError, Session, WeightSource, cpu, read_values, wgpu};
 use tune::model::{
     AdapterOptions, GenerationOptions, Method, Model, Recompute, TrainingOptions, generation_workload, names,
     training_workload,
@@ -221,6 +221,41 @@ fn dropout_draws_the_same_mask_as_the_cpu_engine() {
 fn every_operation_of_full_training_agrees_with_the_cpu_engine() {
     let model = tiny("qwen2");
     compare(&model, |target| training(&model, Method::Full, target), &software(true));
+}
+
+/// f16 gradients carry a scale that parameters' gradients do not have; one that overflows is seen in them, and made smaller.
+#[test]
+fn the_scale_of_f16_gradients_leaves_no_trace() {
+    let model = tiny("llama");
+    let options = Options { compute: Some(DType::F16), ..software(false) };
+    let target = wgpu::target(&options).expect("a target");
+    for method in [lora(0.0), Method::Full] {
+        let workload = training(&model, method, &target);
+        let named = |name: &str| workload.programs.iter().position(|program| program.name.starts_with(name));
+        // Adapters have copies in f16, which are made first.
+        let programs: Vec<usize> = ["refresh", "begin", "micro"].into_iter().filter_map(named).collect();
+        let gradients: Vec<BufferId> = workload.of_kind(Kind::Gradient).map(|(id, _)| id).collect();
+        let plan = plan(workload.clone(), target.clone()).expect("a plan");
+        let mut session = wgpu::open(plan, model.weights.clone(), &options).expect("a session");
+        write_inputs(&mut session);
+        let size = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let mut at_scale = |scale: f32| -> Vec<f32> {
+            session.set_gradient_scale(scale).expect("it is set");
+            assert_eq!(session.gradient_scale(), Some(scale));
+            programs.iter().for_each(|&program| session.run(program).expect("it runs"));
+            let values = |id: &BufferId| read_values::<f32>(&mut session, *id).expect("gradients");
+            gradients.iter().flat_map(values).collect()
+        };
+        let expected = at_scale(64.0);
+        assert!(size(&expected) > 1e-3);
+        for scale in [16.0, 0.25, 256.0] {
+            let found = at_scale(scale);
+            let difference: Vec<f32> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
+            let off = size(&difference) / size(&expected);
+            assert!(off < 5e-3, "at {scale} gradients are off by {off}");
+        }
+        assert!(at_scale(1e9).iter().any(|value| !value.is_finite()));
+    }
 }
 
 #[test]

@@ -77,6 +77,17 @@ pub trait Session {
 
     /// Bytes that the session holds on the device, as the engine counts them.
     fn allocated_bytes(&self) -> u64;
+
+    /// What gradients of activations are multiplied by, over those of a loss summed over tokens, where they are held in a type
+    /// of narrow range; none where they need no scale. Parameters' gradients have it taken out again.
+    fn gradient_scale(&self) -> Option<f32> {
+        None
+    }
+
+    /// Changes [`Session::gradient_scale`]; nothing where there is none.
+    fn set_gradient_scale(&mut self, _scale: f32) -> Result<(), EngineError> {
+        Ok(())
+    }
 }
 
 /// Reads a buffer of 4-byte elements.

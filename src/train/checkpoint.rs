@@ -42,6 +42,10 @@ pub struct State {
     /// The engine's measured choices ([`Session::tuning`](crate::backend::Session::tuning)), which do so too.
     #[serde(default)]
     pub tuning: Option<String>,
+    /// The scale of gradients ([`Session::gradient_scale`](crate::backend::Session::gradient_scale)), where one that the engine
+    /// began with was too large.
+    #[serde(default)]
+    pub gradient_scale: Option<f32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

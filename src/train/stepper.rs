@@ -43,6 +43,9 @@ struct InputIds {
     losses: BufferId,
 }
 
+/// Gradients of tokens are below 1 each where the loss is summed: at a thousandth of that no f16 overflows that f32 would not.
+const LEAST_GRADIENT_SCALE: f32 = 1.0 / 1024.0;
+
 /// What an update measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepResult {
@@ -235,6 +238,20 @@ impl Stepper {
         let loss = f64::from(self.scalar(self.loss_sum)?);
         let grad_norm = f64::from(self.scalar(self.grad_norm)?);
         Ok(StepResult { loss, grad_norm, applied: grad_norm.is_finite() })
+    }
+
+    /// Makes the scale of gradients smaller, for an update that overflowed; gives the scale before and the one now. None where
+    /// there is no scale, or it is so small that it was not the reason.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn shrink_gradients(&mut self) -> Result<Option<(f32, f32)>, EngineError> {
+        let Some(from) = self.session.gradient_scale().filter(|&scale| scale > LEAST_GRADIENT_SCALE) else {
+            return Ok(None);
+        };
+        let to = from / 4.0;
+        self.session.set_gradient_scale(to)?;
+        Ok(Some((from, to)))
     }
 
     /// Mean loss over the label tokens of all batches. `between` runs after each; false ends the evaluation early

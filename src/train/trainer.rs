@@ -137,8 +137,12 @@ pub fn train(
         last_eval: None,
         plan: plan_choice.clone(),
         tuning: None,
+        gradient_scale: None,
     });
     (state.plan, state.tuning) = (plan_choice, tuning);
+    if let Some(scale) = state.gradient_scale {
+        stepper.session.set_gradient_scale(scale)?;
+    }
     let schedule = RateSchedule::new(spec.train.schedule, spec.train.warmup, prepared.steps);
     let generator = match spec.sample.prompts.is_empty() {
         true => None,
@@ -280,10 +284,7 @@ impl Trainer<'_> {
         let started = Instant::now();
         let batches = self.batches(step)?;
         let rate = self.state.learning_rate * self.schedule.factor(step);
-        let StepResult { loss, grad_norm, applied } = self.stepper.update(&batches, step, rate)?;
-        if !applied {
-            return Err(self.non_finite(&batches, step, grad_norm));
-        }
+        let StepResult { loss, grad_norm, .. } = self.finite_update(&batches, step, rate)?;
         let seconds = started.elapsed().as_secs_f64();
         self.state.step += 1;
         self.state.loss_sum += loss;
@@ -304,6 +305,40 @@ impl Trainer<'_> {
             vram_bytes: self.stepper.session.allocated_bytes(),
         });
         Ok(())
+    }
+
+    /// An update; where gradients overflow the type that they are held in, again with a smaller scale.
+    fn finite_update(&mut self, batches: &[MicroBatch], step: u64, rate: f64) -> Result<StepResult, TrainError> {
+        let begun_with = self.stepper.session.gradient_scale();
+        loop {
+            let result = self.stepper.update(batches, step, rate)?;
+            let now = self.stepper.session.gradient_scale();
+            if result.applied {
+                if let (Some(from), Some(to)) = (begun_with, now)
+                    && from != to
+                {
+                    self.state.gradient_scale = Some(to);
+                    self.controls.emit(Event::Warning {
+                        rule: "gradient-scale".into(),
+                        message: format!(
+                            "gradients overflowed f16 at update {}: they are scaled by {to} from here on, by {from} before",
+                            step + 1
+                        ),
+                        advice: "nothing was lost; if it comes again and again lower train.learning_rate, or set \
+                                 engine.precision = \"f32\""
+                            .into(),
+                    });
+                }
+                return Ok(result);
+            }
+            if self.stepper.shrink_gradients()?.is_none() {
+                // The scale was not the reason.
+                if let Some(scale) = begun_with {
+                    self.stepper.session.set_gradient_scale(scale)?;
+                }
+                return Err(self.non_finite(batches, step, result.grad_norm));
+            }
+        }
     }
 
     /// The micro-batches of an update, counted from 0.

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
 use super::kernel::Kernel;
-use super::lower::{Choices, Dispatch, Facts, Lowering, Question, SOFTWARE_LOOP_LIMIT};
+use super::lower::{Choices, Dispatch, Facts, HALF_GRADIENT_FACTOR, Lowering, Question, SOFTWARE_LOOP_LIMIT};
 use super::storage::{Place, Storage};
 use super::tuning::Measurement;
 use super::{cache, tables, tuning, upload};
@@ -44,6 +44,11 @@ pub struct WgpuSession {
     choices: Choices,
     measurements: Vec<Measurement>,
     allocated: u64,
+    facts: Facts,
+    parameters: wgpu::Buffer,
+    /// Where each dispatch has its own.
+    offsets: Vec<u64>,
+    scales_gradients: bool,
 }
 
 pub(super) struct Memory {
@@ -64,6 +69,7 @@ struct Lowered {
     unpacked: u64,
     questions: Vec<Question>,
     used: Choices,
+    scales_gradients: bool,
 }
 
 fn lower(plan: &Plan, storage: &Storage, facts: &Facts, choices: &Choices) -> Result<Lowered, EngineError> {
@@ -78,8 +84,9 @@ fn lower(plan: &Plan, storage: &Storage, facts: &Facts, choices: &Choices) -> Re
         }
         ranges.push((start..lowering.dispatches.len(), steps));
     }
-    let Lowering { kernels, dispatches, scratch, unpacked, questions, used, .. } = lowering;
-    Ok(Lowered { kernels, dispatches, ranges, scratch, unpacked, questions, used })
+    let Lowering { kernels, dispatches, scratch, unpacked, questions, used, gradient_scale, .. } = lowering;
+    let scales_gradients = gradient_scale.is_some();
+    Ok(Lowered { kernels, dispatches, ranges, scratch, unpacked, questions, used, scales_gradients })
 }
 
 impl Memory {
@@ -145,6 +152,7 @@ impl WgpuSession {
             workgroup_bytes: gpu.limits.max_compute_workgroup_storage_size,
             workgroups: if software { 4 } else { 256 },
             loop_limit: software.then_some(SOFTWARE_LOOP_LIMIT),
+            gradient_factor: HALF_GRADIENT_FACTOR,
         };
         let largest = SLAB_BYTES.min(facts.binding).min(gpu.limits.max_buffer_size);
         let storage = Storage::new(&plan, largest, facts.f16 && plan.target.compute == DType::F16);
@@ -206,7 +214,7 @@ impl WgpuSession {
             }
             lowered = lower(&plan, &storage, &facts, &choices)?;
         }
-        let Lowered { kernels, dispatches, ranges, scratch, used, .. } = lowered;
+        let Lowered { kernels, dispatches, ranges, scratch, used, scales_gradients, .. } = lowered;
         memory.scratch = all("scratch", &[scratch])?.pop();
         let (packed, offsets) = pack(&dispatches);
         let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
@@ -241,6 +249,10 @@ impl WgpuSession {
             choices: used,
             measurements,
             allocated,
+            facts,
+            parameters,
+            offsets,
+            scales_gradients,
         };
         let begun = Instant::now();
         session.load(weights.as_ref())?;
@@ -385,6 +397,26 @@ impl Session for WgpuSession {
     fn allocated_bytes(&self) -> u64 {
         self.allocated
     }
+
+    fn gradient_scale(&self) -> Option<f32> {
+        self.scales_gradients.then_some(self.facts.gradient_factor)
+    }
+
+    fn set_gradient_scale(&mut self, scale: f32) -> Result<(), EngineError> {
+        if !self.scales_gradients {
+            return Ok(());
+        }
+        // The scale is among the parameters of launches, and changes nothing else.
+        let facts = Facts { gradient_factor: scale, ..self.facts.clone() };
+        let lowered = lower(&self.plan, &self.storage, &facts, &self.choices)?;
+        let mut packed = vec![0; self.parameters.size() as usize];
+        for (dispatch, &offset) in lowered.dispatches.iter().zip(&self.offsets) {
+            packed[offset as usize..][..dispatch.parameters.len()].copy_from_slice(&dispatch.parameters);
+        }
+        self.gpu.queue.write_buffer(&self.parameters, 0, &packed);
+        self.facts = facts;
+        self.gpu.failure.check()
+    }
 }
 
 /// One pass of launches.
@@ -417,7 +449,8 @@ pub(super) fn pack(dispatches: &[Dispatch]) -> (Vec<u8>, Vec<u64>) {
     let offsets = dispatches
         .iter()
         .map(|dispatch| {
-            *known.entry(&dispatch.parameters).or_insert_with(|| {
+            // What has the same parameters now has them at another scale of gradients too.
+            *known.entry((&dispatch.parameters, dispatch.scaled)).or_insert_with(|| {
                 let offset = packed.len();
                 packed.extend_from_slice(&dispatch.parameters);
                 packed.resize(packed.len().next_multiple_of(256), 0);

@@ -480,6 +480,7 @@ mod tests {
             workgroups: 256,
             measures: true,
             loop_limit: None,
+            gradient_factor: super::super::lower::HALF_GRADIENT_FACTOR,
         };
         let mut kernels = std::collections::BTreeSet::new();
         for (hidden, intermediate, weights) in [(256, 512, None), (256, 1024, Some(DType::Nf4)), (192, 324, None)] {

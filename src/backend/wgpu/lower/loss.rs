@@ -51,6 +51,7 @@ impl Lowering<'_> {
             self.bind(&mut call, "scale", &scale);
             call.number("first_token", first).number("vocabulary", logits.stride);
             if let Some(half) = self.gradient_scale {
+                call.scaled = true;
                 call.float("factor", half.factor);
             }
             if let Some(softcap) = softcap {

@@ -41,6 +41,8 @@ pub struct Facts {
     /// Iterations, of all loops together, after which the driver ends a shader's loops: Mesa's software adapters do so
     /// at 65,536 and say nothing.
     pub loop_limit: Option<usize>,
+    /// [`GradientScale::factor`] of f16 programs.
+    pub gradient_factor: f32,
 }
 
 /// [`Facts::loop_limit`] of software adapters, with room for loops that nobody counts.
@@ -53,6 +55,8 @@ pub struct Dispatch {
     /// Place, offset and bytes of each binding.
     pub bindings: Vec<(Place, u64, u64)>,
     pub parameters: Vec<u8>,
+    /// Among the parameters is [`GradientScale::factor`].
+    pub scaled: bool,
     pub grid: [u32; 3],
 }
 
@@ -65,7 +69,7 @@ pub struct GradientScale {
     pub loss_scale: View,
 }
 
-/// Gradients of logits are at most this in f16 programs: token weights of 1 leave 2^5 of headroom for the layers
+/// Gradients of logits are at most this when an f16 program begins, less where they overflow: token weights of 1 leave 2^5 of headroom for the layers
 /// below to amplify by a thousand, while 2^-24, the smallest f16, is 2^-35 of it.
 pub const HALF_GRADIENT_FACTOR: f32 = 64.0;
 
@@ -93,6 +97,7 @@ pub struct Call {
     kernel: Kernel,
     bindings: Vec<(Place, u64, u64)>,
     parameters: Vec<u8>,
+    scaled: bool,
     missing: Option<DType>,
     /// Of all loops of one thread together, where they grow with the data.
     iterations: usize,
@@ -101,7 +106,7 @@ pub struct Call {
 impl<'a> Lowering<'a> {
     pub fn new(plan: &'a Plan, storage: &'a Storage, facts: Facts, choices: &'a Choices) -> Lowering<'a> {
         let gradient_scale = loss_scale_of_half_gradients(plan)
-            .map(|scale| GradientScale { factor: HALF_GRADIENT_FACTOR, loss_scale: storage.view(scale) });
+            .map(|scale| GradientScale { factor: facts.gradient_factor, loss_scale: storage.view(scale) });
         Lowering {
             plan,
             storage,
@@ -187,6 +192,7 @@ impl<'a> Lowering<'a> {
             kernel: Kernel { file, constants: BTreeMap::new(), bindings: Vec::new(), parameters: Vec::new() },
             bindings: Vec::new(),
             parameters: Vec::new(),
+            scaled: false,
             missing: None,
             iterations: 0,
         }
@@ -228,10 +234,11 @@ impl<'a> Lowering<'a> {
         let next = self.kernels.len();
         let kernel = *self.numbers.entry(call.kernel.clone()).or_insert(next);
         if kernel == next {
-            self.kernels.push(call.kernel);
+            self.kernels.push(call.kernel.clone());
         }
         let grid = grid.map(|count| count as u32);
-        self.dispatches.push(Dispatch { kernel, bindings: call.bindings, parameters: call.parameters, grid });
+        let Call { bindings, parameters, scaled, .. } = call;
+        self.dispatches.push(Dispatch { kernel, bindings, parameters, scaled, grid });
         Ok(())
     }
 
@@ -271,6 +278,7 @@ impl<'a> Lowering<'a> {
         match self.gradient_scale {
             Some(scale) if gradient == DType::F16 => {
                 call.constant("UNSCALE", 1);
+                call.scaled = true;
                 self.bind(call, "unscale", &scale.loss_scale);
                 1.0 / scale.factor
             }
