@@ -1,5 +1,6 @@
 // Attention of generation: row r stands at position start + r and sees all positions of the cache up to its own
-// (window - 1 back at most). One row and one head a workgroup; 64 keys at a time, one a thread.
+// (window - 1 back at most). One row and one head a workgroup, from first_head on, whose keys and values are the first of the
+// part of the cache that is bound; 64 keys at a time, one a thread.
 var<workgroup> query: array<f32, HEAD_DIM>;
 var<workgroup> score: array<f32, 64>;
 var<workgroup> first_position: u32;
@@ -7,8 +8,8 @@ var<workgroup> first_position: u32;
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let row = group.x;
-  let head = group.y;
-  let kv = (head / p.group) * HEAD_DIM;
+  let head = p.first_head + group.y;
+  let kv = (group.y / p.group) * HEAD_DIM;
   if (thread == 0u) { first_position = u32(start_get(0u)); }
   let position = workgroupUniformLoad(&first_position) + row;
   for (var d = thread; d < HEAD_DIM; d += 64u) {

@@ -63,7 +63,6 @@ fn adder(sizes: &[usize], capacity: usize) -> (Model, Runs) {
         engine: "cpu",
         memory: None,
         largest_segment: 1 << 30,
-        largest_buffer: u64::MAX,
         alignment: 64,
         compute: DType::F32,
         trainable: DType::F32,

@@ -25,7 +25,8 @@ fn hundreds_of_steps_leak_nothing() {
     let adapters = wgpu::adapters();
     let software = adapters.iter().find(|adapter| adapter.software);
     let software = software.unwrap_or_else(|| panic!("no software Vulkan adapter: run tests/mesa.sh"));
-    let options = wgpu::Options { adapter: Some(software.index), compute: Some(DType::F32), portable: false };
+    let options =
+        wgpu::Options { adapter: Some(software.index), compute: Some(DType::F32), portable: false, narrow: None };
     let target = wgpu::target(&options).expect("a target");
     let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
     let training = TrainingOptions {

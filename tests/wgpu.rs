@@ -9,8 +9,8 @@ use std::sync::Arc;
 use tune::backend::wgpu::Options;
 use tune::backend::{EngineError, Session, WeightSource, cpu, read_values, wgpu};
 use tune::model::{
-    AdapterOptions, GenerationOptions, Method, Model, Recompute, TrainingOptions, generation_workload, names,
-    training_workload,
+    AdapterOptions, GenerationOptions, Method, Model, ModelConfig, RandomWeights, Recompute, TrainingOptions,
+    generation_workload, names, training_workload,
 };
 use tune::program::plan::plan;
 use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, random};
@@ -22,7 +22,7 @@ fn software(portable: bool) -> Options {
     let adapters = wgpu::adapters();
     let adapter = adapters.iter().find(|adapter| adapter.software);
     let adapter = adapter.unwrap_or_else(|| panic!("no software Vulkan adapter: run tests/mesa.sh"));
-    Options { adapter: Some(adapter.index), compute: Some(DType::F32), portable }
+    Options { adapter: Some(adapter.index), compute: Some(DType::F32), portable, narrow: None }
 }
 
 fn tiny(name: &str) -> Model {
@@ -221,6 +221,27 @@ fn dropout_draws_the_same_mask_as_the_cpu_engine() {
 fn every_operation_of_full_training_agrees_with_the_cpu_engine() {
     let model = tiny("qwen2");
     compare(&model, |target| training(&model, Method::Full, target), &software(true));
+}
+
+/// A model most of whose matrices, and whose caches, are above the limits that it is given: they lie in several buffers, and
+/// every operation works on their parts.
+#[test]
+fn tensors_above_every_limit_are_cut() {
+    const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256,
+        "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 4100, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "torch_dtype": "float32", "hidden_act": "silu", "tie_word_embeddings": false}"#;
+    let config = ModelConfig::parse(CONFIG).expect("a configuration");
+    let weights = Arc::new(RandomWeights::new(&config, 7));
+    let model = Model { folder: None, config, weights, random_weights: true, eos_token_ids: Vec::new() };
+    // Of what training and generation have, only vectors and projections of 256 columns and rows fit a buffer.
+    let options = Options { narrow: Some([320 << 10, 400 << 10]), ..software(true) };
+    for method in [lora(0.0), lora_on(Some(DType::Nf4), 0.0), Method::Full] {
+        compare(&model, |target| training(&model, method.clone(), target), &options);
+    }
+    let generation = GenerationOptions { capacity: 1024, prefill_sizes: vec![16] };
+    let workload = |target: &Target| generation_workload(&model.config, &generation, None, None, target);
+    compare(&model, |target| workload(target).expect("a workload"), &options);
 }
 
 /// f16 gradients carry a scale that parameters' gradients do not have; one that overflows is seen in them, and made smaller.

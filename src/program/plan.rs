@@ -291,10 +291,6 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
             continue;
         }
         let taken = aligned(spare.bytes(&workload, id, buffer.dtype), target.alignment);
-        if taken > target.largest_buffer {
-            let (name, limit) = (buffer.name.clone(), target.largest_buffer);
-            return Err(PlanError::BufferTooLarge { name, bytes: taken, limit, target: target.name });
-        }
         *bytes.entry(buffer.kind.name()).or_default() += taken;
     }
     let mut programs = Vec::new();

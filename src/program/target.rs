@@ -32,9 +32,6 @@ pub struct Target {
     pub memory: Option<u64>,
     /// Largest arena segment, bytes.
     pub largest_segment: u64,
-    /// Largest buffer of its own that weights or states may take, bytes.
-    #[serde(default = "unlimited")]
-    pub largest_buffer: u64,
     /// Alignment of every placement, bytes.
     pub alignment: u64,
     /// Type of activations and their gradients.
@@ -60,11 +57,6 @@ pub struct Target {
     pub logits_bytes: u64,
     /// Most tokens that go through an MLP at once where its values are computed again for the backward pass.
     pub mlp_tokens: usize,
-}
-
-/// Of targets written before there was such a limit.
-fn unlimited() -> u64 {
-    u64::MAX
 }
 
 /// The engine of a written target, which names one of this program's.

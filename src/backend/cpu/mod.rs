@@ -76,7 +76,6 @@ pub fn target() -> Result<Target, EngineError> {
         engine: ENGINE,
         memory,
         largest_segment: u64::MAX,
-        largest_buffer: u64::MAX,
         alignment: 64,
         compute: DType::F32,
         trainable: DType::F32,

@@ -55,7 +55,6 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
         engine: super::ENGINE,
         memory: Some(memory),
         largest_segment: u64::MAX,
-        largest_buffer: u64::MAX,
         alignment: 256,
         compute: DType::BF16,
         trainable: DType::BF16,

@@ -22,6 +22,9 @@ pub struct Options {
     pub compute: Option<DType>,
     /// Use no more than core WebGPU promises: no optional feature, 128 MiB bindings, 16 KiB of workgroup memory.
     pub portable: bool,
+    /// Use bindings and buffers of no more bytes than these, of which small models have tensors.
+    #[serde(default)]
+    pub narrow: Option<[u64; 2]>,
 }
 
 impl Options {
@@ -46,7 +49,7 @@ impl Options {
             other => return Err(unsupported(format!("precision {other}: it has auto, f32 and f16"))),
         };
         let portable = std::env::var_os("TUNE_WGPU_PORTABLE").is_some_and(|value| !value.is_empty());
-        Ok(Options { adapter, compute, portable })
+        Ok(Options { adapter, compute, portable, narrow: None })
     }
 }
 
@@ -264,7 +267,11 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> Result<Abilities, En
         }
         Some(dtype) => dtype,
     };
-    let limits = if options.portable { wgpu::Limits::default() } else { adapter.limits() };
+    let mut limits = if options.portable { wgpu::Limits::default() } else { adapter.limits() };
+    if let Some([binding, buffer]) = options.narrow {
+        limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(binding);
+        limits.max_buffer_size = limits.max_buffer_size.min(buffer);
+    }
     Ok(Abilities { limits, features, f16, cooperative, compute })
 }
 
@@ -331,7 +338,6 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
         engine: ENGINE,
         memory: memory(&adapter).filter(|_| !software).map(|bytes| (bytes as f64 * USABLE) as u64),
         largest_segment: largest,
-        largest_buffer: abilities.limits.max_buffer_size,
         alignment: 256,
         compute: abilities.compute,
         trainable: DType::F32,

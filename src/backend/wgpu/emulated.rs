@@ -155,7 +155,7 @@ mod tests {
     fn candidates(write: impl Fn(&mut WorkloadBuilder) -> Vec<Op>) -> Vec<Measurement> {
         let software = adapters().iter().find(|adapter| adapter.software).map(|adapter| adapter.index);
         assert!(software.is_some(), "no software Vulkan adapter: run tests/mesa.sh");
-        let options = Options { adapter: software, compute: Some(DType::F16), portable: false };
+        let options = Options { adapter: software, compute: Some(DType::F16), portable: false, narrow: None };
         let mut builder = WorkloadBuilder::new();
         builder.begin("emulated", Role::Evaluate, 0);
         for op in write(&mut builder) {

@@ -20,6 +20,44 @@ pub fn device_bytes(dtype: DType, rows: usize, columns: usize) -> u64 {
     parts(dtype, rows, columns).end.next_multiple_of(256)
 }
 
+/// Rows of which some fill whole groups of scales, so that what follows can be packed by itself.
+pub fn whole_rows(columns: usize) -> usize {
+    let group = quantized::BLOCK * quantized::GROUP;
+    // The power of two in the number of columns.
+    group / (1usize << columns.trailing_zeros().min(14)).min(group)
+}
+
+/// A packed tensor cut after every `rows` rows, a multiple of [`whole_rows`]: each piece packed by itself, end to end at
+/// multiples of [`device_bytes`] of so many rows.
+pub fn cut(packed: &[u8], dtype: DType, shape: [usize; 2], rows: usize) -> Vec<u8> {
+    let [all, columns] = shape;
+    let whole = parts(dtype, all, columns);
+    let step = device_bytes(dtype, rows, columns) as usize;
+    let mut pieces = vec![0; all.div_ceil(rows) * step];
+    for (piece, first) in pieces.chunks_mut(step).zip((0..all).step_by(rows)) {
+        let count = rows.min(all - first);
+        let own = parts(dtype, count, columns);
+        let mut copy = |from: u64, to: u64, bytes: usize| {
+            piece[to as usize..][..bytes].copy_from_slice(&packed[from as usize..][..bytes]);
+        };
+        let (begin, elements) = ((first * columns) as u64, count * columns);
+        if dtype == DType::Int8 {
+            copy(begin, 0, elements);
+            copy(whole.scales + 4 * first as u64, own.scales, 4 * count);
+            continue;
+        }
+        let (block, group) = (quantized::BLOCK as u64, (quantized::BLOCK * quantized::GROUP) as u64);
+        copy(begin / 2, 0, elements.div_ceil(2));
+        copy(whole.scales + begin / block, own.scales, elements.div_ceil(quantized::BLOCK));
+        let groups = elements.div_ceil(quantized::BLOCK * quantized::GROUP);
+        copy(whole.group_scales + 4 * (begin / group), own.group_scales, 4 * groups);
+        copy(whole.offset, own.offset, 4);
+    }
+    let last = (all - 1) % rows + 1;
+    pieces.truncate((all - last) / rows * step + device_bytes(dtype, last, columns) as usize);
+    pieces
+}
+
 /// A tensor quantized to nf4 or int8.
 ///
 /// # Errors
@@ -34,18 +72,26 @@ pub fn quantize(name: &str, tensor: &Tensor<'_>, to: DType) -> Result<Vec<u8>, E
 impl Lowering<'_> {
     /// Unpacks the rows of a quantized weight that a view names, in the compute type.
     pub(super) fn dequantize(&mut self, weight: &View) -> Result<View, EngineError> {
-        let (rows, columns) = self.whole(weight);
+        let (mut rows, columns) = self.whole(weight);
+        let (mut place_offset, mut first) = (weight.offset, weight.start);
+        if let Some(cut) = self.cut(weight) {
+            let piece = weight.start / columns / cut.rows;
+            rows = cut.rows.min(rows - piece * cut.rows);
+            place_offset += piece as u64 * cut.bytes;
+            first -= piece * cut.rows * columns;
+        }
         let parts = parts(weight.dtype, rows, columns);
         let dtype = self.unpacked_type();
         let place = Place::Unpacked;
         let unpacked = View { place, offset: 0, dtype, rows: weight.rows, stride: columns, start: 0, width: columns };
         self.reserve_unpacked(&unpacked);
         let all = (parts.end / 4) as usize;
-        let tensor = View { dtype: DType::U32, rows: 1, stride: all, start: 0, width: all, ..*weight };
+        let tensor =
+            View { offset: place_offset, dtype: DType::U32, rows: 1, stride: all, start: 0, width: all, ..*weight };
         let mut call = self.call("dequantize");
         self.bind(&mut call, "weight", &tensor);
         let count = weight.rows * columns;
-        let eights = [weight.start, count, columns].iter().all(|number| number.is_multiple_of(8));
+        let eights = [first, count, columns].iter().all(|number| number.is_multiple_of(8));
         let words = eights && dtype == DType::F16;
         if words {
             self.bind_element(&mut call, "output", &unpacked, Element::F16Words, 16);
@@ -58,7 +104,7 @@ impl Lowering<'_> {
         } else {
             self.bind(&mut call, "table", &tables::view());
         }
-        call.number("first", weight.start).number("count", count).number("columns", columns);
+        call.number("first", first).number("count", count).number("columns", columns);
         call.number("scales", (parts.scales / 4) as usize).number("group_scales", (parts.group_scales / 4) as usize);
         call.number("offset", (parts.offset / 4) as usize);
         let each = if eights { 4 * 2048 } else { 256 };
@@ -115,7 +161,13 @@ mod tests {
     }
 
     /// `input · weightᵀ` on the software adapter, with the weight held as `dtype` and unpacked to `compute`.
-    fn product(
+    fn product(types: (DType, DType), weight: &[f32], input: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+        product_within(None, types, weight, input, rows, columns)
+    }
+
+    /// The same with bindings and buffers of at most so many bytes.
+    fn product_within(
+        narrow: Option<[u64; 2]>,
         (dtype, compute): (DType, DType),
         weight: &[f32],
         input: &[f32],
@@ -127,7 +179,8 @@ mod tests {
         let tokens = input.len() / columns;
         let adapter = super::super::adapters().iter().find(|adapter| adapter.software).map(|adapter| adapter.index);
         assert!(adapter.is_some(), "no software Vulkan adapter: run tests/mesa.sh");
-        let options = super::super::Options { adapter, compute: Some(compute), portable: compute == DType::F32 };
+        let options =
+            super::super::Options { adapter, compute: Some(compute), portable: compute == DType::F32, narrow };
         let mut builder = WorkloadBuilder::new();
         let from = builder.persistent("input", &[tokens, columns], DType::F32, Kind::Output);
         let to = builder.persistent("output", &[tokens, rows], DType::F32, Kind::Output);
@@ -161,6 +214,25 @@ mod tests {
                 let exact = product((DType::F32, compute), &weight, &input, rows, columns);
                 let rounded = product((DType::Int8, compute), &weight, &input, rows, columns);
                 assert!(exact.iter().zip(&rounded).all(|(a, b)| (a - b).abs() < 0.05), "{exact:?} {rounded:?}");
+            }
+        }
+    }
+
+    /// A packed weight above a binding lies in pieces, each packed by itself, and is worth the same.
+    #[test]
+    fn a_quantized_weight_above_a_binding_is_cut() {
+        // Whole groups of scales begin every 256 rows; the last piece is no whole one.
+        for (rows, columns) in [(4100, 64), (4200, 192)] {
+            let number = |i: usize| crate::program::random::uniform([5, 6, 7, 8], 9, i as u32, 0) - 0.5;
+            let weight: Vec<f32> = (0..rows * columns).map(number).collect();
+            let input: Vec<f32> = (0..2 * columns).map(|i| number(i + 77_777)).collect();
+            for dtype in [DType::Nf4, DType::Int8] {
+                for compute in [DType::F32, DType::F16] {
+                    let whole = product((dtype, compute), &weight, &input, rows, columns);
+                    let narrow = Some([100 << 10, 200 << 10]);
+                    let cut = product_within(narrow, (dtype, compute), &weight, &input, rows, columns);
+                    assert_eq!(whole, cut, "{rows}x{columns} in {} computing in {}", dtype.name(), compute.name());
+                }
             }
         }
     }

@@ -26,7 +26,7 @@ const LARGE: usize = 2048;
 /// # Errors
 /// When the adapter cannot be opened.
 pub fn measured(adapter: usize, software: bool) -> Result<f64, EngineError> {
-    let options = Options { adapter: Some(adapter), compute: None, portable: false };
+    let options = Options { adapter: Some(adapter), compute: None, portable: false, narrow: None };
     let (n, repeats) = if software { (256, 1) } else { (LARGE, 8) };
     let target = target(&options)?;
     let compute = target.compute;

@@ -9,14 +9,14 @@ use rayon::prelude::*;
 use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
 use super::kernel::Kernel;
 use super::lower::{Choices, Dispatch, Facts, HALF_GRADIENT_FACTOR, Lowering, Question, SOFTWARE_LOOP_LIMIT};
-use super::storage::{Place, Storage};
+use super::storage::{Cut, Limits, Place, Slab, Storage, View};
 use super::tuning::Measurement;
-use super::{cache, tables, tuning, upload};
+use super::{cache, quantized, tables, tuning, upload};
 use crate::backend::{EngineError, Session, WeightSource};
 use crate::program::{BufferId, DType, Kind, Plan};
 
-/// Slabs of persistent buffers are at most this large, unless one buffer alone is.
-const SLAB_BYTES: u64 = 1 << 30;
+/// Bytes that are copied to or from the host at once.
+const TRANSFER_BYTES: u64 = 64 << 20;
 
 /// Uploads in flight are waited for after this many bytes: staging memory holds them until then.
 const UPLOAD_BYTES: u64 = 256 << 20;
@@ -53,10 +53,17 @@ pub struct WgpuSession {
 
 pub(super) struct Memory {
     segments: Vec<wgpu::Buffer>,
-    slabs: Vec<wgpu::Buffer>,
+    slabs: Vec<Pieces>,
     scratch: Option<wgpu::Buffer>,
     unpacked: Option<wgpu::Buffer>,
     tables: wgpu::Buffer,
+}
+
+/// A slab.
+struct Pieces {
+    /// Bytes of each but the last.
+    bytes: u64,
+    buffers: Vec<wgpu::Buffer>,
 }
 
 /// All programs as dispatches.
@@ -92,16 +99,30 @@ fn lower(plan: &Plan, storage: &Storage, facts: &Facts, choices: &Choices) -> Re
 impl Memory {
     /// Everything that programs write or read but the tables.
     pub fn all(&self) -> impl Iterator<Item = &wgpu::Buffer> {
-        self.segments.iter().chain(&self.slabs).chain(&self.scratch).chain(&self.unpacked)
+        let slabs = self.slabs.iter().flat_map(|slab| &slab.buffers);
+        self.segments.iter().chain(slabs).chain(&self.scratch).chain(&self.unpacked)
     }
 
-    pub fn buffer(&self, place: Place) -> &wgpu::Buffer {
-        match place {
+    /// The wgpu buffer that has the byte at `offset` of a place, and where in it.
+    pub fn at(&self, place: Place, offset: u64) -> (&wgpu::Buffer, u64) {
+        let whole = match place {
+            Place::Slab(index) => {
+                let slab = &self.slabs[index];
+                return (&slab.buffers[(offset / slab.bytes) as usize], offset % slab.bytes);
+            }
             Place::Segment(index) => &self.segments[index],
-            Place::Slab(index) => &self.slabs[index],
             Place::Scratch => self.scratch.as_ref().expect("allocated where a dispatch uses it"),
             Place::Tables => &self.tables,
             Place::Unpacked => self.unpacked.as_ref().expect("allocated where a dispatch uses it"),
+        };
+        (whole, offset)
+    }
+
+    /// Bytes from `offset` on that lie in one wgpu buffer, at most `bytes`.
+    fn together(&self, place: Place, offset: u64, bytes: u64) -> u64 {
+        match place {
+            Place::Slab(index) => bytes.min(self.slabs[index].bytes - offset % self.slabs[index].bytes),
+            _ => bytes,
         }
     }
 }
@@ -148,14 +169,13 @@ impl WgpuSession {
             f16: gpu.f16,
             subgroups: gpu.subgroups,
             cooperative: gpu.cooperative,
-            binding: binding_limit(&gpu.limits),
+            limits: Limits { binding: binding_limit(&gpu.limits), buffer: gpu.limits.max_buffer_size & !255 },
             workgroup_bytes: gpu.limits.max_compute_workgroup_storage_size,
             workgroups: if software { 4 } else { 256 },
             loop_limit: software.then_some(SOFTWARE_LOOP_LIMIT),
             gradient_factor: HALF_GRADIENT_FACTOR,
         };
-        let largest = SLAB_BYTES.min(facts.binding).min(gpu.limits.max_buffer_size);
-        let storage = Storage::new(&plan, largest, facts.f16 && plan.target.compute == DType::F16);
+        let storage = Storage::new(&plan, facts.limits, facts.f16 && plan.target.compute == DType::F16);
         let mut lowered = lower(&plan, &storage, &facts, &choices)?;
         let mut allocated = 0;
         let mut allocate = |label: String, size: u64, usage: wgpu::BufferUsages| {
@@ -188,12 +208,20 @@ impl WgpuSession {
         let values = tables::values();
         let table = all("tables", &[4 * values.len() as u64])?.remove(0);
         gpu.queue.write_buffer(&table, 0, bytemuck::cast_slice(&values));
+        let segments = all("arena segment", &storage.segments)?;
+        let unpacked = if lowered.unpacked > 0 { all("unpacked weight", &[lowered.unpacked])?.pop() } else { None };
+        let mut pieces = |slab: &Slab| -> Result<Pieces, EngineError> {
+            let bytes = slab.cut.map_or(slab.bytes, |cut| cut.bytes);
+            let sizes: Vec<u64> =
+                (0..slab.bytes).step_by(bytes as usize).map(|first| bytes.min(slab.bytes - first)).collect();
+            Ok(Pieces { bytes, buffers: all("slab", &sizes)? })
+        };
         let mut memory = Memory {
             tables: table,
-            segments: all("arena segment", &storage.segments)?,
-            slabs: all("slab", &storage.slabs)?,
+            segments,
+            slabs: storage.slabs.iter().map(&mut pieces).collect::<Result<_, _>>()?,
             scratch: None,
-            unpacked: if lowered.unpacked > 0 { all("unpacked weight", &[lowered.unpacked])?.pop() } else { None },
+            unpacked,
         };
         let mut measurements = Vec::new();
         if !lowered.questions.is_empty() {
@@ -280,7 +308,10 @@ impl WgpuSession {
                     format!("has shape {:?} in the checkpoint, the model wants {:?}", tensor.shape, buffer.shape);
                 return Err(EngineError::Weight { name: buffer.name.clone(), what });
             }
-            let bytes = upload::converted(&buffer.name, tensor.dtype, view.dtype, &buffer.shape, tensor.bytes)?;
+            let mut bytes = upload::converted(&buffer.name, tensor.dtype, view.dtype, &buffer.shape, tensor.bytes)?;
+            if let Some(cut) = self.storage.cut(view.place).filter(|_| view.dtype.is_quantized()) {
+                bytes = quantized::cut(&bytes, view.dtype, [view.rows, view.stride], cut.rows).into();
+            }
             self.upload(view.place, view.offset, &bytes)?;
             waiting += bytes.len() as u64;
             if waiting > UPLOAD_BYTES {
@@ -300,16 +331,67 @@ impl WgpuSession {
     /// Copies bytes to a place; a length that is no multiple of 4 is padded (entries have room for it).
     fn upload(&self, place: Place, offset: u64, bytes: &[u8]) -> Result<(), EngineError> {
         let whole = bytes.len() / 4 * 4;
-        let target = self.memory.buffer(place);
-        for (index, part) in bytes[..whole].chunks(64 << 20).enumerate() {
-            self.gpu.queue.write_buffer(target, offset + ((index as u64) << 26), part);
+        let mut first = 0;
+        while first < whole {
+            let at = offset + first as u64;
+            let count = self.memory.together(place, at, TRANSFER_BYTES.min((whole - first) as u64)) as usize;
+            let (buffer, start) = self.memory.at(place, at);
+            self.gpu.queue.write_buffer(buffer, start, &bytes[first..first + count]);
+            first += count;
         }
         if whole < bytes.len() {
             let mut last = [0; 4];
             last[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
-            self.gpu.queue.write_buffer(target, offset + whole as u64, &last);
+            let (buffer, start) = self.memory.at(place, offset + whole as u64);
+            self.gpu.queue.write_buffer(buffer, start, &last);
         }
         self.gpu.failure.check()
+    }
+
+    /// Copies from a place, after all work so far, through memory that the host reads.
+    fn download(&mut self, name: &str, place: Place, offset: u64, bytes: &mut [u8]) -> Result<(), EngineError> {
+        let failed = |what: String| EngineError::Device { engine: ENGINE, what: format!("reading {name}: {what}") };
+        let transfer = TRANSFER_BYTES.min(self.facts.limits.buffer);
+        let wanted = transfer.min((bytes.len() as u64).next_multiple_of(256));
+        let staging = match self.staging.take().filter(|staging| staging.size() >= wanted) {
+            Some(staging) => staging,
+            None => self.gpu.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("read"),
+                size: wanted,
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            }),
+        };
+        let mut first = 0;
+        while first < bytes.len() {
+            let at = offset + first as u64;
+            let count = self.memory.together(place, at, transfer.min((bytes.len() - first) as u64));
+            let size = count.next_multiple_of(4);
+            let (buffer, start) = self.memory.at(place, at);
+            let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(buffer, start, &staging, 0, size);
+            self.gpu.queue.submit([encoder.finish()]);
+            let slice = staging.slice(..size);
+            let (sender, receiver) = std::sync::mpsc::channel();
+            slice.map_async(wgpu::MapMode::Read, move |result| {
+                let _ = sender.send(result);
+            });
+            self.gpu.wait()?;
+            receiver.recv().map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;
+            {
+                let mapped = slice.get_mapped_range().map_err(|error| failed(error.to_string()))?;
+                bytes[first..][..count as usize].copy_from_slice(&mapped[..count as usize]);
+            }
+            staging.unmap();
+            first += count as usize;
+        }
+        self.staging = Some(staging);
+        Ok(())
+    }
+
+    /// How a tensor is cut whose pieces have some columns each; rows lie as they do in the whole.
+    fn cut_by_columns(&self, view: &View) -> Option<Cut> {
+        self.storage.cut(view.place).filter(|cut| cut.columns < view.stride)
     }
 
     fn submit(&self, launches: &[Launch]) -> Result<(), EngineError> {
@@ -338,42 +420,30 @@ impl Session for WgpuSession {
     fn write(&mut self, buffer: BufferId, bytes: &[u8]) -> Result<(), EngineError> {
         self.check_length(buffer, bytes.len())?;
         let (view, entry) = (self.storage.view(buffer), self.plan.workload.buffer(buffer));
-        let bytes = upload::converted(&entry.name, entry.dtype, view.dtype, &entry.shape, bytes)?;
+        let mut bytes = upload::converted(&entry.name, entry.dtype, view.dtype, &entry.shape, bytes)?;
+        if let Some(cut) = self.cut_by_columns(&view) {
+            bytes = cut.arranged(view.dtype, [view.rows, view.stride], &bytes).into();
+        }
         self.upload(view.place, view.offset, &bytes)
     }
 
     fn read(&mut self, buffer: BufferId, bytes: &mut [u8]) -> Result<(), EngineError> {
         self.check_length(buffer, bytes.len())?;
         let (view, entry) = (self.storage.view(buffer), self.plan.workload.buffer(buffer));
-        let size = (bytes.len() as u64).next_multiple_of(4);
-        if self.staging.as_ref().is_none_or(|staging| staging.size() < size) {
-            self.staging = Some(self.gpu.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("read"),
-                size: size.next_multiple_of(4096),
-                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            }));
+        let (name, from, to, shape) = (entry.name.clone(), view.dtype, entry.dtype, entry.shape.clone());
+        if let Some(cut) = self.cut_by_columns(&view) {
+            let mut pieces = vec![0; view.stride.div_ceil(cut.columns) * cut.bytes as usize];
+            self.download(&name, view.place, view.offset, &mut pieces)?;
+            let held = cut.gathered(from, [view.rows, view.stride], &pieces);
+            bytes.copy_from_slice(&upload::converted(&name, from, to, &shape, &held)?);
+            return Ok(());
         }
-        let staging = self.staging.as_ref().expect("made above");
-        let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        encoder.copy_buffer_to_buffer(self.memory.buffer(view.place), view.offset, staging, 0, size);
-        self.gpu.queue.submit([encoder.finish()]);
-        let slice = staging.slice(..size);
-        let (sender, receiver) = std::sync::mpsc::channel();
-        slice.map_async(wgpu::MapMode::Read, move |result| {
-            let _ = sender.send(result);
-        });
-        self.gpu.wait()?;
-        let failed =
-            |what: String| EngineError::Device { engine: ENGINE, what: format!("reading {}: {what}", entry.name) };
-        receiver.recv().map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;
-        {
-            let mapped = slice.get_mapped_range().map_err(|error| failed(error.to_string()))?;
-            let length = bytes.len();
-            let source = upload::converted(&entry.name, view.dtype, entry.dtype, &entry.shape, &mapped[..length])?;
-            bytes.copy_from_slice(&source);
+        if from == to {
+            return self.download(&name, view.place, view.offset, bytes);
         }
-        staging.unmap();
+        let mut held = vec![0; from.bytes(&shape) as usize];
+        self.download(&name, view.place, view.offset, &mut held)?;
+        bytes.copy_from_slice(&upload::converted(&name, from, to, &shape, &held)?);
         Ok(())
     }
 
@@ -534,7 +604,10 @@ pub(super) fn bind_group(
     let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: binding(parameters, offset, size) }];
     entries.extend(dispatch.bindings.iter().enumerate().map(|(index, &(place, offset, size))| wgpu::BindGroupEntry {
         binding: index as u32 + 1,
-        resource: binding(memory.buffer(place), offset, size),
+        resource: {
+            let (buffer, offset) = memory.at(place, offset);
+            binding(buffer, offset, size)
+        },
     }));
     gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
         label: None,
@@ -559,7 +632,7 @@ mod tests {
 
     /// A session of one operation on a device of its own, and the number that it zeroes.
     fn session() -> (WgpuSession, BufferId) {
-        let options = Options { adapter: Some(0), compute: Some(DType::F32), portable: true };
+        let options = Options { adapter: Some(0), compute: Some(DType::F32), portable: true, narrow: None };
         let target = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
         let mut builder = WorkloadBuilder::new();
         let scalar = builder.persistent("x", &[1], DType::F32, Kind::Scalar);
@@ -593,7 +666,7 @@ mod tests {
     #[test]
     fn an_invalid_use_of_the_device_is_an_error_of_the_session() {
         let (mut session, _) = session();
-        let buffer = session.memory.slabs[0].clone();
+        let buffer = session.memory.slabs[0].buffers[0].clone();
         session.gpu.queue.write_buffer(&buffer, buffer.size(), &[0; 4]);
         let error = session.synchronize();
         assert!(matches!(&error, Err(EngineError::Device { .. })), "{error:?}");

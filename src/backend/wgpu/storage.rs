@@ -4,6 +4,10 @@
 //! slabs a class of buffers, in an order that makes work on many tensors one dispatch: a parameter, its gradient and
 //! its moments stand at the same place of their slabs, and the projections that share an input stand side by side.
 //! Entries start at multiples of 128 elements, so that slabs of different element sizes keep step.
+//!
+//! A tensor that is too large for a buffer has a slab of its own, of several wgpu buffers with as many rows each; so has a
+//! quantized one that is too large for a binding, each of whose pieces is packed by itself. What works on tensors works
+//! on parts of them that lie in one piece ([`Lowering::parts`](super::lower::Lowering)).
 
 use std::collections::HashMap;
 
@@ -81,13 +85,75 @@ impl View {
     }
 }
 
+/// How a tensor is cut into wgpu buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Of each piece but the last; a multiple of 256.
+    pub bytes: u64,
+    /// Of the tensor in each piece but the last.
+    pub rows: usize,
+    /// Of the tensor in each piece; in a key-value cache, which is cut by heads, fewer than it has, and all rows.
+    pub columns: usize,
+}
+
+impl Cut {
+    /// The bytes of a tensor with these rows and columns as they lie in its pieces.
+    pub fn arranged(&self, dtype: DType, [rows, columns]: [usize; 2], bytes: &[u8]) -> Vec<u8> {
+        let mut pieces = vec![0; columns.div_ceil(self.columns) * self.bytes as usize];
+        self.moves(dtype, [rows, columns], |whole, piece, count| {
+            pieces[piece..piece + count].copy_from_slice(&bytes[whole..whole + count]);
+        });
+        pieces
+    }
+
+    /// The other way round.
+    pub fn gathered(&self, dtype: DType, [rows, columns]: [usize; 2], pieces: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; dtype.bytes(&[rows, columns]) as usize];
+        self.moves(dtype, [rows, columns], |whole, piece, count| {
+            bytes[whole..whole + count].copy_from_slice(&pieces[piece..piece + count]);
+        });
+        bytes
+    }
+
+    /// Every row's share of every piece: where it lies in the whole, where in the pieces, its bytes.
+    fn moves(&self, dtype: DType, [rows, columns]: [usize; 2], mut each: impl FnMut(usize, usize, usize)) {
+        let size = dtype.bytes(&[1]) as usize;
+        for (piece, first) in (0..columns).step_by(self.columns).enumerate() {
+            let width = self.columns.min(columns - first);
+            for row in 0..rows {
+                let at = piece * self.bytes as usize + row * width * size;
+                each((row * columns + first) * size, at, width * size);
+            }
+        }
+    }
+}
+
+/// Memory that buffers share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slab {
+    pub bytes: u64,
+    /// Whether a shader may write to it.
+    pub writable: bool,
+    /// None: one wgpu buffer.
+    pub cut: Option<Cut>,
+}
+
+/// Bytes that things may have on an adapter.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// What a shader sees of a buffer at once.
+    pub binding: u64,
+    /// A wgpu buffer.
+    pub buffer: u64,
+}
+
+/// A slab that buffers share takes at most so many bytes.
+const SLAB_BYTES: u64 = 1 << 30;
+
 /// Placement of every buffer, and the sizes of what must be allocated.
 pub struct Storage {
     views: Vec<View>,
-    /// Bytes of each slab.
-    pub slabs: Vec<u64>,
-    /// Whether a shader may write to the slab.
-    pub writable: Vec<bool>,
+    pub slabs: Vec<Slab>,
     pub segments: Vec<u64>,
 }
 
@@ -102,9 +168,8 @@ struct Class {
 }
 
 impl Storage {
-    /// Lays out a plan. Slabs are at most `largest` bytes, unless one buffer alone is larger.
-    /// `half_weights`: frozen bf16 weights are kept as f16.
-    pub fn new(plan: &Plan, largest: u64, half_weights: bool) -> Storage {
+    /// Lays out a plan. `half_weights`: frozen bf16 weights are kept as f16.
+    pub fn new(plan: &Plan, limits: Limits, half_weights: bool) -> Storage {
         let workload = &plan.workload;
         let written = written(plan);
         let (order, moments) = order(plan);
@@ -134,26 +199,34 @@ impl Storage {
         }
         let mut classes: Vec<(Class, Vec<usize>)> = classes.into_iter().collect();
         classes.sort_by_key(|entry| entry.0);
-        let (mut slabs, mut writable) = (Vec::new(), Vec::new());
+        let largest = SLAB_BYTES.min(limits.binding).min(limits.buffer);
+        let heads = cached_heads(plan);
+        let mut slabs: Vec<Slab> = Vec::new();
         for (class, mut members) in classes {
             members.sort_by_key(|&index| (order[index], index));
             let mut open = false;
             for index in members {
                 let view = &mut views[index];
+                let writable = class.writable;
                 let odd = view.dtype.is_quantized() || view.dtype == DType::Block8;
                 let unit = if odd { 256 } else { 128 * view.dtype.bytes(&[1, 1]) };
                 let bytes = slab_bytes(view).next_multiple_of(unit.max(256));
-                if !open || slabs.last().is_none_or(|&used: &u64| used + bytes > largest) {
-                    slabs.push(0);
-                    writable.push(class.writable);
+                if let Some((cut, bytes)) = cut(view, heads.get(&index).copied(), limits) {
+                    (view.place, view.offset) = (Place::Slab(slabs.len()), 0);
+                    slabs.push(Slab { bytes, writable, cut: Some(cut) });
+                    open = false;
+                    continue;
+                }
+                if !open || slabs.last().is_none_or(|slab| slab.bytes + bytes > largest) {
+                    slabs.push(Slab { bytes: 0, writable, cut: None });
                     open = true;
                 }
                 let slab = slabs.len() - 1;
-                (view.place, view.offset) = (Place::Slab(slab), slabs[slab]);
-                slabs[slab] += bytes;
+                (view.place, view.offset) = (Place::Slab(slab), slabs[slab].bytes);
+                slabs[slab].bytes += bytes;
             }
         }
-        Storage { views, slabs, writable, segments: plan.segments.clone() }
+        Storage { views, slabs, segments: plan.segments.clone() }
     }
 
     pub fn view(&self, id: BufferId) -> View {
@@ -166,9 +239,17 @@ impl Storage {
         tensor.map_or((view.rows, view.stride), |tensor| (tensor.rows, tensor.stride))
     }
 
+    /// How the tensor in a place is cut, if it is.
+    pub fn cut(&self, place: Place) -> Option<Cut> {
+        match place {
+            Place::Slab(slab) => self.slabs[slab].cut,
+            _ => None,
+        }
+    }
+
     pub fn is_writable(&self, place: Place) -> bool {
         match place {
-            Place::Slab(slab) => self.writable[slab],
+            Place::Slab(slab) => self.slabs[slab].writable,
             Place::Segment(_) | Place::Scratch | Place::Unpacked => true,
             Place::Tables => false,
         }
@@ -181,6 +262,50 @@ fn slab_bytes(view: &View) -> u64 {
         DType::Nf4 | DType::Int8 | DType::Fp8 => super::quantized::device_bytes(view.dtype, view.rows, view.stride),
         _ => view.bytes(),
     }
+}
+
+/// How a tensor is cut and the bytes of all its pieces; none where it need not be, or cannot. `heads`: of a key-value cache, their
+/// number and dimensions.
+fn cut(view: &View, heads: Option<(usize, usize)>, limits: Limits) -> Option<(Cut, u64)> {
+    let bytes = slab_bytes(view);
+    let most = limits.binding.min(limits.buffer);
+    // The last piece is as large as it must be.
+    let after_rows = |rows: usize| {
+        let last = (view.rows - 1) % rows + 1;
+        let of = |rows: usize| slab_bytes(&View { rows, ..*view }).next_multiple_of(256);
+        let whole = (view.rows - last) as u64 / rows as u64;
+        (Cut { bytes: of(rows), rows, columns: view.stride }, whole * of(rows) + of(last))
+    };
+    if let Some((count, head_dim)) = heads {
+        let most_heads = (most / view.dtype.bytes(&[view.rows, head_dim]).max(1)) as usize;
+        let columns = most_heads * head_dim;
+        let piece = view.dtype.bytes(&[view.rows, columns]).next_multiple_of(256);
+        let cut = Cut { bytes: piece, rows: view.rows, columns };
+        return (bytes > most && most_heads > 0).then(|| (cut, count.div_ceil(most_heads) as u64 * piece));
+    }
+    if matches!(view.dtype, DType::Nf4 | DType::Int8) {
+        // Blocks of scales begin with a piece, and rows at which products begin.
+        let unit = super::quantized::whole_rows(view.stride).max(128);
+        let fits = |rows: &usize| super::quantized::device_bytes(view.dtype, *rows, view.stride) <= most;
+        let rows = (1..=view.rows / unit).rev().map(|units| units * unit).find(fits);
+        let rows = rows.filter(|_| bytes > most)?;
+        return Some(after_rows(rows));
+    }
+    // As many rows whatever the type: a parameter and its copy, its gradient and its moments are cut alike.
+    let rows = (most / DType::F32.bytes(&[1, view.stride]).max(1)) as usize / 128 * 128;
+    let cuts = bytes > limits.buffer && rows > 0 && view.dtype != DType::Block8;
+    cuts.then(|| after_rows(rows))
+}
+
+/// Heads of the key-value caches of a plan, by the caches' numbers: how many, and their dimensions.
+fn cached_heads(plan: &Plan) -> HashMap<usize, (usize, usize)> {
+    let mut heads = HashMap::new();
+    for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
+        if let Op::CachedAttention { cache_key, cache_value, shape, .. } = &step.op {
+            heads.extend([cache_key, cache_value].map(|id| (id.index(), (shape.kv_heads, shape.head_dim))));
+        }
+    }
+    heads
 }
 
 fn written(plan: &Plan) -> Vec<bool> {

@@ -286,11 +286,13 @@ impl Bench<'_> {
     }
 
     fn write<T: bytemuck::Pod>(&self, view: &View, values: &[T]) {
-        self.gpu.queue.write_buffer(self.memory.buffer(view.place), view.offset, bytemuck::cast_slice(values));
+        let (buffer, offset) = self.memory.at(view.place, view.offset);
+        self.gpu.queue.write_buffer(buffer, offset, bytemuck::cast_slice(values));
     }
 
     fn fill(&self, view: &View) -> Result<(), EngineError> {
-        self.noise(self.memory.buffer(view.place), view.offset, view.bytes().next_multiple_of(4))
+        let (buffer, offset) = self.memory.at(view.place, view.offset);
+        self.noise(buffer, offset, view.bytes().next_multiple_of(4))
     }
 
     fn noise(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<(), EngineError> {
@@ -346,10 +348,10 @@ impl Bench<'_> {
             usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         });
-        let buffer = self.memory.buffer(view.place);
+        let (buffer, offset) = self.memory.at(view.place, view.offset);
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        encoder.copy_buffer_to_buffer(buffer, view.offset, &staging, 0, half);
-        encoder.copy_buffer_to_buffer(buffer, view.offset + bytes - half, &staging, half, half);
+        encoder.copy_buffer_to_buffer(buffer, offset, &staging, 0, half);
+        encoder.copy_buffer_to_buffer(buffer, offset + bytes - half, &staging, half, half);
         self.gpu.queue.submit([encoder.finish()]);
         let slice = staging.slice(..);
         slice.map_async(wgpu::MapMode::Read, |_| ());
@@ -468,13 +470,15 @@ mod tests {
     #[test]
     fn kernels_for_cooperative_matrices_are_valid() {
         use crate::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
-        let options = super::super::Options { adapter: Some(0), compute: Some(DType::F16), portable: false };
+        let options =
+            super::super::Options { adapter: Some(0), compute: Some(DType::F16), portable: false, narrow: None };
         let target = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
+        let limits = super::super::storage::Limits { binding: 1 << 30, buffer: 1 << 40 };
         let facts = Facts {
             f16: true,
             subgroups: true,
             cooperative: true,
-            binding: 1 << 30,
+            limits,
             workgroup_bytes: 48 << 10,
             software: false,
             workgroups: 256,
@@ -509,7 +513,7 @@ mod tests {
                 };
                 let workload = training_workload(&config, &options, &target).expect("a workload");
                 let plan = crate::program::plan::plan(workload, target.clone()).expect("a plan");
-                let storage = Storage::new(&plan, 1 << 30, true);
+                let storage = Storage::new(&plan, limits, true);
                 let none = Choices::new();
                 let mut lowering = Lowering::new(&plan, &storage, facts.clone(), &none);
                 for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {

@@ -89,25 +89,41 @@ impl Lowering<'_> {
             Op::CachedAttention { qkv, cache_key, cache_value, start, output, shape } => {
                 let (qkv, key, value) = (self.view(*qkv), self.view(*cache_key), self.view(*cache_value));
                 let (start, output) = (self.view(*start), self.view(*output));
-                let mut call = self.call("cache_store");
-                self.bind(&mut call, "qkv", &qkv);
-                self.bind(&mut call, "start", &start);
-                self.bind(&mut call, "cache_key", &key);
-                self.bind(&mut call, "cache_value", &value);
-                call.number("stride", qkv.stride).number("key_start", shape.query_columns());
-                call.number("columns", key.stride).number("capacity", key.rows);
-                self.launch(call, [qkv.rows, 1, 1])?;
-                let mut call = self.call("cached_attention");
-                options(&mut call, shape);
-                self.bind(&mut call, "qkv", &qkv);
-                self.bind(&mut call, "start", &start);
-                self.bind(&mut call, "cache_key", &key);
-                self.bind(&mut call, "cache_value", &value);
-                self.bind(&mut call, "output", &output);
-                call.number("stride", qkv.stride).number("columns", key.stride).number("capacity", key.rows);
-                call.number("output_stride", output.stride);
-                call.iterations(key.rows.div_ceil(64) * (shape.head_dim + 2 * 64 + 4));
-                self.launch(call, [qkv.rows, shape.heads, 1])
+                // A cache that no binding holds is cut by key-value heads.
+                let cut = self.cut(&key);
+                let most = cut.map_or(shape.kv_heads, |cut| cut.columns / shape.head_dim);
+                for (piece, first) in (0..shape.kv_heads).step_by(most).enumerate() {
+                    let heads = most.min(shape.kv_heads - first);
+                    let columns = heads * shape.head_dim;
+                    let part = |cache: &View| {
+                        let offset = cache.offset + cut.map_or(0, |cut| piece as u64 * cut.bytes);
+                        View { offset, stride: columns, width: columns, ..*cache }
+                    };
+                    let (key, value) = (part(&key), part(&value));
+                    let mut call = self.call("cache_store");
+                    self.bind(&mut call, "qkv", &qkv);
+                    self.bind(&mut call, "start", &start);
+                    self.bind(&mut call, "cache_key", &key);
+                    self.bind(&mut call, "cache_value", &value);
+                    let key_start = shape.query_columns() + first * shape.head_dim;
+                    call.number("stride", qkv.stride).number("key_start", key_start);
+                    call.number("value_start", key_start + shape.kv_columns());
+                    call.number("columns", columns).number("capacity", key.rows);
+                    self.launch(call, [qkv.rows, 1, 1])?;
+                    let mut call = self.call("cached_attention");
+                    options(&mut call, shape);
+                    self.bind(&mut call, "qkv", &qkv);
+                    self.bind(&mut call, "start", &start);
+                    self.bind(&mut call, "cache_key", &key);
+                    self.bind(&mut call, "cache_value", &value);
+                    self.bind(&mut call, "output", &output);
+                    let group = shape.heads / shape.kv_heads;
+                    call.number("stride", qkv.stride).number("columns", columns).number("capacity", key.rows);
+                    call.number("first_head", first * group).number("output_stride", output.stride);
+                    call.iterations(key.rows.div_ceil(64) * (shape.head_dim + 2 * 64 + 4));
+                    self.launch(call, [qkv.rows, heads * group, 1])?;
+                }
+                Ok(())
             }
             _ => unreachable!("not attention"),
         }

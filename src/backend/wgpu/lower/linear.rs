@@ -146,7 +146,7 @@ impl Lowering<'_> {
             starts: Vec::new(),
             members: number..number + 1,
         });
-        let runs = merge(runs.collect(), self.facts.binding);
+        let runs = merge(runs.collect(), self.facts.limits.binding);
         for run in &runs {
             if let Some(lora) = &run.lora {
                 let mut middle = Product::new(Layout::NT, input, lora.a, lora.middle);
@@ -192,7 +192,7 @@ impl Lowering<'_> {
             starts: Vec::new(),
             members: number..number + 1,
         });
-        let runs = merge(runs.collect(), self.facts.binding);
+        let runs = merge(runs.collect(), self.facts.limits.binding);
         for projection in projections {
             self.parameter_gradients(&input, projection)?;
         }

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, HashMap};
 pub use choice::{Choices, Question, Work};
 
 use super::kernel::{Binding, Element, Kernel, Value};
-use super::storage::{Place, Storage, View};
+use super::storage::{Cut, Limits, Place, Storage, View};
 use crate::backend::EngineError;
 use crate::program::{BufferId, DType, Op, Plan};
 
@@ -29,8 +29,7 @@ pub struct Facts {
     pub subgroups: bool,
     /// 16x16x16 products of f16 summed in f32.
     pub cooperative: bool,
-    /// Largest binding, bytes.
-    pub binding: u64,
+    pub limits: Limits,
     pub workgroup_bytes: u32,
     /// The adapter runs on the processor.
     pub software: bool,
@@ -178,6 +177,11 @@ impl<'a> Lowering<'a> {
         self.storage.whole(view)
     }
 
+    /// How the tensor that a view is part of is cut, if it is.
+    pub(super) fn cut(&self, view: &View) -> Option<Cut> {
+        self.storage.cut(view.place)
+    }
+
     /// The type to which quantized weights are unpacked.
     pub(super) fn unpacked_type(&self) -> DType {
         if self.facts.f16 && self.plan.target.compute == DType::F16 { DType::F16 } else { DType::F32 }
@@ -218,11 +222,11 @@ impl<'a> Lowering<'a> {
                 call.iterations
             )));
         }
-        if let Some(&(_, _, bytes)) = call.bindings.iter().find(|binding| binding.2 > self.facts.binding) {
+        if let Some(&(_, _, bytes)) = call.bindings.iter().find(|binding| binding.2 > self.facts.limits.binding) {
             return Err(unsupported(format!(
                 "{file} on a buffer of {bytes} bytes: the adapter binds at most {}; lower data.max_length (or a chat's \
                  --context), or choose another device",
-                self.facts.binding
+                self.facts.limits.binding
             )));
         }
         if grid.iter().any(|&count| count > 65535) {

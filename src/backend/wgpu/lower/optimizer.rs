@@ -109,8 +109,8 @@ impl Lowering<'_> {
         }
     }
 
-    /// Flat ranges that cover `tensors`: neighbours joined, padding between them included, and cut where a binding
-    /// ends. All views of a range have the same number of elements.
+    /// Flat ranges that cover `tensors`: neighbours joined, padding between them included, and cut where a binding or a piece of
+    /// memory ends. All views of a range have the same number of elements.
     fn ranges<const N: usize>(&self, tensors: Vec<[View; N]>) -> Vec<[View; N]> {
         let mut ranges: Vec<[View; N]> = Vec::new();
         for views in tensors {
@@ -132,23 +132,27 @@ impl Lowering<'_> {
             }
             ranges.push(views);
         }
-        let limit = |range: &[View; N]| {
+        let most = |range: &[View; N]| {
             let widest = range.iter().map(|view| view.dtype.bytes(&[UNIT])).max().unwrap_or(1);
-            (self.facts.binding / widest) as usize * UNIT
+            ((self.facts.limits.binding / widest) as usize * UNIT).max(UNIT)
         };
-        ranges
-            .into_iter()
-            .flat_map(|range| {
-                let step = limit(&range).max(UNIT);
-                (0..range[0].stride).step_by(step).map(move |first| {
-                    range.map(|view| {
-                        let count = step.min(view.stride - first);
-                        let offset = view.offset + view.dtype.bytes(&[first]);
-                        View { offset, stride: count, width: count, ..view }
-                    })
-                })
-            })
-            .collect()
+        let mut parts = Vec::new();
+        for range in ranges {
+            // A tensor that is cut is alone in its slab.
+            let piece = |view: &View| Some((self.cut(view)?.bytes / view.dtype.bytes(&[1])) as usize);
+            let pieces: Vec<usize> = range.iter().filter_map(piece).collect();
+            let mut first = 0;
+            while first < range[0].stride {
+                let ends = pieces.iter().map(|piece| piece - first % piece);
+                let count = ends.fold(most(&range).min(range[0].stride - first), usize::min);
+                parts.push(range.map(|view| {
+                    let offset = view.offset + view.dtype.bytes(&[first]);
+                    View { offset, stride: count, width: count, ..view }
+                }));
+                first += count;
+            }
+        }
+        parts
     }
 }
 

@@ -131,22 +131,25 @@ impl Lowering<'_> {
         (call, narrow.stride.div_ceil(256 * width))
     }
 
-    /// Parts of a table that fit a binding, each with its first row; of a quantized one, once they are unpacked.
+    /// Parts of a table that fit a binding and lie in one piece, each with its first row; of a quantized one, once they are
+    /// unpacked.
     pub(super) fn parts(&self, table: &View) -> Vec<(usize, View)> {
         let quantized = table.dtype.is_quantized();
         let dtype = if quantized { self.unpacked_type() } else { table.dtype };
         let row = dtype.bytes(&[1, table.stride]).max(1);
-        if row * table.rows as u64 <= self.facts.binding {
-            return vec![(0, *table)];
+        let piece = self.cut(table).map_or(table.rows, |cut| cut.rows);
+        let most = match row * table.rows as u64 <= self.facts.limits.binding {
+            true => table.rows,
+            false => ((self.facts.limits.binding / row) as usize / 128 * 128).max(128),
+        };
+        let mut parts = Vec::new();
+        let mut first = 0;
+        while first < table.rows {
+            let count = most.min(table.rows - first).min(piece - first % piece);
+            parts.push((first, if quantized { table.skip_rows(first, count) } else { table.slice_rows(first, count) }));
+            first += count;
         }
-        let rows = ((self.facts.binding / row) as usize / 128 * 128).max(128);
-        (0..table.rows)
-            .step_by(rows)
-            .map(|first| {
-                let count = rows.min(table.rows - first);
-                (first, if quantized { table.skip_rows(first, count) } else { table.slice_rows(first, count) })
-            })
-            .collect()
+        parts
     }
 
     /// `target[column] += Σ_row grad[row, column]`, with `norm` times `input · inverse_rms`.
