@@ -276,9 +276,9 @@ fn search(
     update_tokens: usize,
 ) -> anyhow::Result<Plan> {
     let recompute = RecomputeChoice::Auto;
-    let (target, device_memory, host_optimizer) = (target.clone(), None, None);
+    let (target, device_memory, host_optimizer, facts) = (target.clone(), None, None, None);
     let search =
-        Search { config, options, target, device_memory, longest_row, update_tokens, recompute, host_optimizer };
+        Search { config, options, target, device_memory, facts, longest_row, update_tokens, recompute, host_optimizer };
     let (plan, choice) = search.run()?;
     println!("{}", serde_json::to_string(&choice)?);
     Ok(plan)

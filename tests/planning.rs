@@ -65,9 +65,9 @@ fn search(
     let options = options(method);
     let (longest_row, update_tokens) = (row, row * batch);
     let recompute = RecomputeChoice::Auto;
-    let (target, device_memory, host_optimizer) = (target.clone(), None, None);
+    let (target, device_memory, host_optimizer, facts) = (target.clone(), None, None, None);
     let search =
-        Search { config, options, target, device_memory, longest_row, update_tokens, recompute, host_optimizer };
+        Search { config, options, target, device_memory, facts, longest_row, update_tokens, recompute, host_optimizer };
     let (result, target) = (search.run(), &search.target);
     match &result {
         Ok((plan, choice)) => println!(
@@ -116,10 +116,19 @@ fn full_fine_tuning_of_8b_fits_48_gb() {
         let (config, target) = (config("llama-3.1-8b"), card("A6000"));
         let (longest_row, update_tokens, recompute) = (2048, 4096, RecomputeChoice::Auto);
         let options = options(Method::Full);
-        let device_memory = None;
+        let (device_memory, facts) = (None, None);
         let config = &config;
-        let search =
-            Search { config, options, target, device_memory, longest_row, update_tokens, recompute, host_optimizer };
+        let search = Search {
+            config,
+            options,
+            target,
+            device_memory,
+            facts,
+            longest_row,
+            update_tokens,
+            recompute,
+            host_optimizer,
+        };
         let (plan, choice) = search.run().expect("8B in 48 GB");
         let target = &search.target;
         println!("{:.2} GiB, {choice:?}", plan.summary.peak_bytes as f64 / GIB);

@@ -12,8 +12,9 @@ use tune::model::{
     AdapterOptions, GenerationOptions, Method, Model, ModelConfig, RandomWeights, Recompute, TrainingOptions,
     generation_workload, names, training_workload,
 };
-use tune::program::plan::plan;
+use tune::program::plan::{PlanError, plan};
 use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, random};
+use tune::train::planning::{PlanningError, RecomputeChoice, Search};
 
 const TOKENS: usize = 72;
 
@@ -40,19 +41,25 @@ fn lora_on(weights: Option<DType>, dropout: f32) -> Method {
 }
 
 fn training(model: &Model, method: Method, target: &Target) -> Workload {
-    let options = TrainingOptions {
+    let recompute = vec![Recompute::None; model.config.layers];
+    let options = TrainingOptions { sizes: vec![TOKENS], recompute, ..training_options(method) };
+    training_workload(&model.config, &options, target).expect("a workload")
+}
+
+/// Without sizes, and what is recomputed.
+fn training_options(method: Method) -> TrainingOptions {
+    TrainingOptions {
         method,
-        sizes: vec![TOKENS],
+        sizes: Vec::new(),
         evaluate: true,
-        recompute: vec![Recompute::None; model.config.layers],
+        recompute: Vec::new(),
         betas: [0.9, 0.999],
         epsilon: 1e-8,
         weight_decay: 0.01,
         max_grad_norm: 1.0,
         eight_bit: false,
         generation: None,
-    };
-    training_workload(&model.config, &options, target).expect("a workload")
+    }
 }
 
 fn number(row: u32, column: u32) -> f32 {
@@ -242,6 +249,39 @@ fn tensors_above_every_limit_are_cut() {
     let generation = GenerationOptions { capacity: 1024, prefill_sizes: vec![16] };
     let workload = |target: &Target| generation_workload(&model.config, &generation, None, None, target);
     compare(&model, |target| workload(target).expect("a workload"), &options);
+}
+
+/// What a session takes is in the plan, partial sums and parameters of launches too; what opening it would be refused for the plan
+/// refuses, with what would fit.
+#[test]
+fn the_plan_knows_what_a_session_takes_and_what_it_is_refused() {
+    let options = software(true);
+    let model = tiny("llama");
+    let search = |config, longest_row| Search {
+        config,
+        options: training_options(lora(0.0)),
+        target: wgpu::target(&options).expect("a target"),
+        device_memory: None,
+        facts: Some(wgpu::facts(&options).expect("facts")),
+        longest_row,
+        update_tokens: longest_row,
+        recompute: RecomputeChoice::Auto,
+        host_optimizer: None,
+    };
+    let (plan, _) = search(&model.config, 200).run().expect("a plan");
+    let peak = plan.summary.peak_bytes;
+    let session = wgpu::open(plan, model.weights.clone(), &options).expect("opens");
+    let taken = session.allocated_bytes();
+    assert!(taken <= peak && taken * 10 >= peak * 7, "{taken} of {peak} planned");
+
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/configs/smollm2-135m.json");
+    let config = ModelConfig::parse(&std::fs::read_to_string(path).expect("a file")).expect("a configuration");
+    let refused = search(&config, 8000).run().expect_err("Mesa's shaders end their loops before");
+    let PlanningError::Plan(PlanError::Refused { what, fits }) = refused else { panic!("{refused}") };
+    assert!(what.contains("attention") && what.contains("iterations"), "{what}");
+    let length = fits.iter().find_map(|setting| setting.strip_prefix("data.max_length = "));
+    let length: usize = length.and_then(|length| length.parse().ok()).unwrap_or_else(|| panic!("{fits:?}"));
+    search(&config, length).run().expect("what was proposed is not refused");
 }
 
 /// f16 gradients carry a scale that parameters' gradients do not have; one that overflows is seen in them, and made smaller.

@@ -37,6 +37,9 @@ pub struct Found {
 pub struct Choice {
     pub device: Device,
     pub target: Target,
+    /// What plans are looked at for beside the target, where the engine does.
+    #[serde(default)]
+    pub facts: Option<wgpu::Facts>,
     /// Why this device, for the user.
     pub reason: String,
 }
@@ -52,7 +55,11 @@ impl Found {
             Device::Cuda(ordinal) => cuda::target(*ordinal)?,
             Device::Wgpu(options) => wgpu::target(options)?,
         };
-        Ok(Choice { device: self.device, target, reason: self.reason.clone() })
+        let facts = match &self.device {
+            Device::Wgpu(options) => Some(wgpu::facts(options)?),
+            _ => None,
+        };
+        Ok(Choice { device: self.device, target, facts, reason: self.reason.clone() })
     }
 }
 

@@ -11,6 +11,7 @@ pub mod inspect;
 mod quantized;
 pub mod wgpu;
 
+pub use self::wgpu::Facts;
 pub use choose::{Choice, Device, Found, choose, find, open, open_tuned};
 
 use crate::program::{BufferId, DType, Plan};
@@ -72,6 +73,11 @@ pub trait Session {
     /// The engine's measured choices that decide the bits of results, as text to save: a session opened with it
     /// ([`open_tuned`]) on the same device repeats them. None where nothing is chosen by measurement.
     fn tuning(&self) -> Option<String> {
+        None
+    }
+
+    /// What the user should know of how the session opened.
+    fn notice(&self) -> Option<String> {
         None
     }
 

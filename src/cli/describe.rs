@@ -96,7 +96,10 @@ impl Narrator {
             Event::Queued { behind } => format!("queued behind {behind}: the device is busy"),
             Event::Paused { step } => format!("paused after step {step}"),
             Event::Continued { step } => format!("continued after step {step}"),
-            Event::Resumed { step, .. } => format!("resumed from step {step}"),
+            Event::Resumed { step, device, .. } if device.is_empty() => format!("resumed from step {step}"),
+            Event::Resumed { step, device, reason, .. } => {
+                format!("resumed from step {step} on {device} ({reason})")
+            }
             Event::Stopped { step, reason, .. } => format!("stopped after step {step}: {reason}"),
             Event::Failed { error, hint, .. } => {
                 return Line::Error { error: error.clone(), hint: hint.clone() };

@@ -107,13 +107,21 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
                 )
                 .into());
             }
-            (spec, Choice { device: Device::Cuda(0), target, reason: "known by name, with nothing else on it".into() })
+            (
+                spec,
+                Choice {
+                    device: Device::Cuda(0),
+                    target,
+                    facts: None,
+                    reason: "known by name, with nothing else on it".into(),
+                },
+            )
         }
     };
     let prepared = train::prepare(&spec, &|_| {})?;
     let lengths: Vec<usize> =
         prepared.data.train.iter().chain(&prepared.data.eval).map(|row| row.input_ids.len()).collect();
-    let search = train::search(&spec, &prepared.model.config, &lengths, &choice.target)?;
+    let search = train::search(&spec, &prepared.model.config, &lengths, &choice)?;
     let target = &search.target;
     let (plan, chosen) = search.run().map_err(train::TrainError::from)?;
     let (flops, seconds) = update_cost(&plan, &prepared);

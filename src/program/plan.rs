@@ -78,6 +78,13 @@ pub enum PlanError {
         /// Settings, each of which alone would make it fit, as the run file spells them; where they were looked for.
         fits: Vec<String>,
     },
+    #[error("{what}")]
+    Refused {
+        /// Why the engine does not run it on this device.
+        what: String,
+        /// As above.
+        fits: Vec<String>,
+    },
     #[error(
         "the plan keeps {} in the host's memory, page-locked; of this machine's {} may be taken",
         gib(*needed),
@@ -89,6 +96,26 @@ pub enum PlanError {
         /// As above.
         fits: Vec<String>,
     },
+}
+
+impl Plan {
+    /// The plan with so many bytes more on the device, of the engine's own.
+    ///
+    /// # Errors
+    /// When they do not fit.
+    pub fn with_workspace(mut self, bytes: u64) -> Result<Plan, PlanError> {
+        *self.summary.bytes.entry(Kind::Workspace.name()).or_default() += bytes;
+        self.summary.peak_bytes += bytes;
+        match self.target.memory {
+            Some(available) if self.summary.peak_bytes > available => Err(PlanError::DoesNotFit {
+                needed: self.summary.peak_bytes,
+                available,
+                target: self.target.name,
+                fits: Vec::new(),
+            }),
+            _ => Ok(self),
+        }
+    }
 }
 
 fn gib(bytes: u64) -> String {

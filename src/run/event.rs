@@ -94,6 +94,11 @@ pub enum Event {
         step: u64,
     },
     Resumed {
+        #[serde(default)]
+        device: String,
+        /// Why that device was chosen, and how it computes.
+        #[serde(default)]
+        reason: String,
         step: u64,
         process: u32,
     },

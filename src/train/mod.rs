@@ -83,7 +83,7 @@ impl TrainError {
     pub fn hint(&self) -> String {
         match self {
             TrainError::Planning(planning::PlanningError::Plan(
-                PlanError::DoesNotFit { fits, .. } | PlanError::HostTooSmall { fits, .. },
+                PlanError::DoesNotFit { fits, .. } | PlanError::HostTooSmall { fits, .. } | PlanError::Refused { fits, .. },
             )) => match fits.as_slice() {
                 [] => "no setting makes this model fit: choose a smaller one, or a machine with more memory".into(),
                 [one] => format!("this would fit: {one}"),

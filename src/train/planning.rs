@@ -2,6 +2,7 @@
 
 use super::checkpoint::PlanChoice;
 use super::nearest::settings_that_fit;
+use crate::backend::{EngineError, Facts};
 use crate::model::{Method, ModelConfig, ModelError, Recompute, TrainingOptions, training_workload};
 use crate::program::{DType, Plan, PlanError, Role, Target, plan};
 
@@ -24,6 +25,8 @@ pub struct Search<'a> {
     pub target: Target,
     /// Bytes that the device has where the run may take less.
     pub device_memory: Option<u64>,
+    /// What the engine knows of the device beyond the target; none where plans need no look at their launches.
+    pub facts: Option<Facts>,
     /// Tokens of the longest row: the largest micro-batch must hold it.
     pub longest_row: usize,
     /// Tokens that most updates stay below ([`update_tokens`]); a micro-batch need not be larger.
@@ -129,7 +132,10 @@ impl Search<'_> {
         match (best, failure) {
             (Some((_, plan, choice)), _) => Ok(self.give_back(plan, choice)),
             (None, Some(mut error)) => {
-                if let PlanError::DoesNotFit { fits, .. } | PlanError::HostTooSmall { fits, .. } = &mut error {
+                if let PlanError::DoesNotFit { fits, .. }
+                | PlanError::HostTooSmall { fits, .. }
+                | PlanError::Refused { fits, .. } = &mut error
+                {
                     *fits = settings_that_fit(self);
                 }
                 Err(error.into())
@@ -382,7 +388,11 @@ impl Search<'_> {
         if stage.host_optimizer {
             host.extend(plan::optimizer_states(&workload));
         }
-        Ok(plan::plan_with_host(workload, target, host)?)
+        let plan = plan::plan_with_host(workload, target, host)?;
+        let Some(facts) = &self.facts else { return Ok(plan) };
+        let refused = |error: EngineError| PlanError::Refused { what: error.to_string(), fits: Vec::new() };
+        let bytes = facts.workspace(&plan).map_err(refused)?;
+        Ok(plan.with_workspace(bytes)?)
     }
 
     /// Whether the longest row fits somehow: the way that takes the least, and what the host can hold of it.

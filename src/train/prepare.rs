@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::TrainError;
 use super::planning::{self, RecomputeChoice, Search};
+use crate::backend::Choice;
 use crate::data::{self, Loaded, Progress};
 use crate::demo;
 use crate::hub::{self, Location};
@@ -12,7 +13,6 @@ use crate::model::adapter::Adapter;
 use crate::model::names::PROJECTIONS;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{AdapterOptions, GenerationOptions, Method, Model, ModelConfig, TrainingOptions};
-use crate::program::Target;
 use crate::spec::{MethodKind, Optimizer, RunSpec, Targets};
 
 /// Everything of a run that does not depend on the device.
@@ -140,7 +140,7 @@ fn targets(targets: &Targets) -> Result<BTreeSet<String>, TrainError> {
 /// Tokens that samples during training may take, prompt included.
 pub(super) const SAMPLE_CAPACITY: usize = 1024;
 
-/// The search for a plan of this run on a target, within `engine.vram`. `rows` are what an epoch holds: their lengths decide the sizes.
+/// The search for a plan of this run on a device, within `engine.vram`. `rows` are what an epoch holds: their lengths decide the sizes.
 ///
 /// # Errors
 /// When a setting of the spec does not fit the method.
@@ -148,7 +148,7 @@ pub fn search<'a>(
     spec: &RunSpec,
     config: &'a ModelConfig,
     lengths: &[usize],
-    target: &Target,
+    choice: &Choice,
 ) -> Result<Search<'a>, TrainError> {
     let method = match spec.method.kind {
         MethodKind::Full => Method::Full,
@@ -191,12 +191,12 @@ pub fn search<'a>(
         "host" => Some(true),
         _ => None,
     };
-    let device_memory = target.memory;
-    let mut target = target.clone();
+    let mut target = choice.target.clone();
+    let (device_memory, facts) = (target.memory, choice.facts.clone());
     if let Some(budget) = spec.engine.budget() {
         target.memory = Some(target.memory.map_or(budget, |free| free.min(budget)));
     }
-    Ok(Search { config, options, target, device_memory, longest_row, update_tokens, recompute, host_optimizer })
+    Ok(Search { config, options, target, device_memory, facts, longest_row, update_tokens, recompute, host_optimizer })
 }
 
 /// Type that frozen weights are quantized to; none for as stored.

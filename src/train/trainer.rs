@@ -53,7 +53,7 @@ pub fn train(
     let resumed = resume_from.as_deref().map(checkpoint::read_state).transpose()?;
     let lengths: Vec<usize> =
         prepared.data.train.iter().chain(&prepared.data.eval).map(|row| row.input_ids.len()).collect();
-    let search = prepare::search(spec, &prepared.model.config, &lengths, target)?;
+    let search = prepare::search(spec, &prepared.model.config, &lengths, &choice)?;
     let (plan, plan_choice) = match &resumed {
         None => search.run()?,
         Some(state) => match search.repeat(&state.plan) {
@@ -93,7 +93,12 @@ pub fn train(
             trainable_parameters: trainable,
             parameters,
         }),
-        Some(state) => controls.emit(Event::Resumed { step: state.step, process: std::process::id() }),
+        Some(state) => controls.emit(Event::Resumed {
+            step: state.step,
+            process: std::process::id(),
+            device: target.name.clone(),
+            reason: choice.reason.clone(),
+        }),
     }
     if resumed.is_none() {
         warn_about_data(&prepared, controls);
@@ -108,6 +113,10 @@ pub fn train(
         .collect();
     let table = resumed.as_ref().and_then(|state| state.tuning.clone());
     let session = backend::open_tuned(plan, prepared.model.weights.clone(), &choice.device, table.as_deref())?;
+    if let Some(message) = session.notice() {
+        let advice = "nothing is lost; `tune doctor` looks at the device".into();
+        controls.emit(Event::Warning { rule: "device".into(), message, advice });
+    }
     let tuning = session.tuning();
     if resumed.as_ref().is_some_and(|state| state.plan == plan_choice) && table != tuning {
         controls.emit(Event::Warning {

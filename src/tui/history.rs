@@ -494,7 +494,7 @@ mod tests {
     fn a_resumed_run_takes_its_updates_back() {
         let mut history = History::default();
         (1..=30).for_each(|index| history.take(step(index, 1.0)));
-        history.take(record(Event::Resumed { step: 20, process: 1 }));
+        history.take(record(Event::Resumed { step: 20, process: 1, device: String::new(), reason: String::new() }));
         assert_eq!(history.step(), 20);
         (21..=25).for_each(|index| history.take(step(index, 1.0)));
         assert_eq!(history.whole.iter().map(|bucket| bucket.count).sum::<u64>(), 25);

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use serde::{Deserialize, Serialize};
 
 use super::kernel::Kernel;
+use super::lower::{Facts, HALF_GRADIENT_FACTOR, SOFTWARE_LOOP_LIMIT};
+use super::storage::Limits;
 use super::{cache, rate};
 use crate::backend::EngineError;
 use crate::backend::doctor::{Finding, Report};
@@ -275,6 +277,33 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> Result<Abilities, En
     Ok(Abilities { limits, features, f16, cooperative, compute })
 }
 
+/// What lowering may count on.
+fn facts_of(limits: &wgpu::Limits, software: bool, f16: bool, subgroups: bool, cooperative: bool) -> Facts {
+    Facts {
+        f16,
+        subgroups,
+        cooperative,
+        limits: Limits { binding: binding_limit(limits), buffer: limits.max_buffer_size & !255 },
+        workgroup_bytes: limits.max_compute_workgroup_storage_size,
+        software,
+        workgroups: if software { 4 } else { 256 },
+        measures: !software,
+        loop_limit: software.then_some(SOFTWARE_LOOP_LIMIT),
+        gradient_factor: HALF_GRADIENT_FACTOR,
+    }
+}
+
+/// What lowering may count on of the adapter that the options come to; it is not opened.
+///
+/// # Errors
+/// As [`target`].
+pub fn facts(options: &Options) -> Result<Facts, EngineError> {
+    let adapter = select(options)?;
+    let Abilities { limits, features, f16, cooperative, .. } = abilities(&adapter, options)?;
+    let software = adapter.get_info().device_type == wgpu::DeviceType::Cpu;
+    Ok(facts_of(&limits, software, f16, features.contains(wgpu::Features::SUBGROUP), cooperative))
+}
+
 /// Share of an adapter's memory that a plan may use: its driver, a desktop and pipelines take some.
 const USABLE: f64 = 0.93;
 
@@ -298,6 +327,17 @@ fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
     };
     let heaps = &properties.memory_heaps[..properties.memory_heap_count as usize];
     heaps.iter().filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0).map(|heap| heap.size).max()
+}
+
+/// Bytes that may be taken where device and host have the same memory and the driver names no share of it, as on Apple's chips:
+/// of what is free now, so much that the system and other programs go on.
+fn shared_memory(info: &wgpu::AdapterInfo) -> Option<u64> {
+    if info.device_type != wgpu::DeviceType::IntegratedGpu {
+        return None;
+    }
+    let mut system = sysinfo::System::new().ok()?;
+    system.refresh_memory();
+    Some(system.available_memory() / 4 * 3)
 }
 
 /// Whether the adapter runs on the processor.
@@ -334,9 +374,15 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
     };
     let largest = binding_limit(&abilities.limits);
     Ok(Target {
-        name: format!("{} ({:?})", info.name, info.backend),
+        name: match options.portable {
+            true => format!("{} ({:?}, core WebGPU)", info.name, info.backend),
+            false => format!("{} ({:?})", info.name, info.backend),
+        },
         engine: ENGINE,
-        memory: memory(&adapter).filter(|_| !software).map(|bytes| (bytes as f64 * USABLE) as u64),
+        memory: memory(&adapter)
+            .filter(|_| !software)
+            .map(|bytes| (bytes as f64 * USABLE) as u64)
+            .or_else(|| shared_memory(&info)),
         largest_segment: largest,
         alignment: 256,
         compute: abilities.compute,
@@ -426,6 +472,11 @@ pub(super) struct Gpu {
 static OPEN: Mutex<Vec<(Options, Arc<Gpu>)>> = Mutex::new(Vec::new());
 
 impl Gpu {
+    pub(super) fn facts(&self) -> Facts {
+        let software = self.info.device_type == wgpu::DeviceType::Cpu;
+        facts_of(&self.limits, software, self.f16, self.subgroups, self.cooperative)
+    }
+
     /// The device that `options` name: the one that is open already, as long as nothing went wrong on it.
     pub fn shared(options: &Options) -> Result<Arc<Gpu>, EngineError> {
         let poisoned = |_| EngineError::Device { engine: ENGINE, what: "a thread panicked".into() };

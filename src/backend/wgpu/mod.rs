@@ -30,8 +30,8 @@ mod upload;
 
 use std::sync::Arc;
 
-pub use adapter::{AdapterReport, Options, adapters, identity, is_software, quiet_layers, report, target};
-pub use lower::HALF_GRADIENT_FACTOR;
+pub use adapter::{AdapterReport, Options, adapters, facts, identity, is_software, quiet_layers, report, target};
+pub use lower::{Facts, HALF_GRADIENT_FACTOR};
 pub use session::WgpuSession;
 pub use tuning::{Measurement, Verdict};
 

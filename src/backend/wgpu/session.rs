@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::adapter::{Compiled, ENGINE, Gpu, Options, binding_limit};
+use super::adapter::{Compiled, ENGINE, Gpu, Options};
 use super::kernel::Kernel;
-use super::lower::{Choices, Dispatch, Facts, HALF_GRADIENT_FACTOR, Lowering, Question, SOFTWARE_LOOP_LIMIT};
-use super::storage::{Cut, Limits, Place, Slab, Storage, View};
+use super::lower::{Choices, Dispatch, Facts, Lowering, Question};
+use super::storage::{Cut, Place, Slab, Storage, View};
 use super::tuning::Measurement;
 use super::{cache, quantized, tables, tuning, upload};
 use crate::backend::{EngineError, Session, WeightSource};
@@ -49,6 +49,7 @@ pub struct WgpuSession {
     /// Where each dispatch has its own.
     offsets: Vec<u64>,
     scales_gradients: bool,
+    notice: Option<String>,
 }
 
 pub(super) struct Memory {
@@ -94,6 +95,30 @@ fn lower(plan: &Plan, storage: &Storage, facts: &Facts, choices: &Choices) -> Re
     let Lowering { kernels, dispatches, scratch, unpacked, questions, used, gradient_scale, .. } = lowering;
     let scales_gradients = gradient_scale.is_some();
     Ok(Lowered { kernels, dispatches, ranges, scratch, unpacked, questions, used, scales_gradients })
+}
+
+impl Facts {
+    fn storage(&self, plan: &Plan) -> Storage {
+        Storage::new(plan, self.limits, self.f16 && plan.target.compute == DType::F16)
+    }
+
+    /// Bytes that a session of the plan takes on the device beside what the plan counts: partial sums, parameters of launches,
+    /// what the host reads through, and where kernels are chosen by measurement what the candidates take.
+    ///
+    /// # Errors
+    /// What opening it would be refused for.
+    pub fn workspace(&self, plan: &Plan) -> Result<u64, EngineError> {
+        let storage = self.storage(plan);
+        let lowered = lower(plan, &storage, self, &Choices::new())?;
+        let parameters = pack(&lowered.dispatches).0.len() as u64;
+        let scratch = match self.measures {
+            true => lowered.scratch.max(tuning::trials(plan, &storage, self, lowered.questions)?.1),
+            false => lowered.scratch,
+        };
+        let persistent = plan.workload.buffers.iter().filter(|buffer| !buffer.kind.is_transient());
+        let read = persistent.map(|buffer| buffer.bytes().min(TRANSFER_BYTES)).max().unwrap_or(0);
+        Ok(scratch + parameters + read)
+    }
 }
 
 impl Memory {
@@ -147,8 +172,12 @@ impl WgpuSession {
         }
         match Self::open_on(gpu, plan.clone(), Arc::clone(&weights), choices.clone(), true) {
             // A candidate may have taken the device or its memory with it: rules decide on a new one.
-            Err(EngineError::Device { .. } | EngineError::OutOfMemory { .. }) => {
-                Self::open_on(Gpu::shared(options)?, plan, weights, choices, false)
+            Err(error @ (EngineError::Device { .. } | EngineError::OutOfMemory { .. })) => {
+                let mut session = Self::open_on(Gpu::shared(options)?, plan, weights, choices, false)?;
+                let what =
+                    "kernels are chosen by rules and not by measurement, for the device was lost while it was measured";
+                session.notice = Some(format!("{what}: {error}"));
+                Ok(session)
             }
             opened => opened,
         }
@@ -163,19 +192,8 @@ impl WgpuSession {
         measures: bool,
     ) -> Result<WgpuSession, EngineError> {
         let software = gpu.info.device_type == wgpu::DeviceType::Cpu;
-        let facts = Facts {
-            software,
-            measures,
-            f16: gpu.f16,
-            subgroups: gpu.subgroups,
-            cooperative: gpu.cooperative,
-            limits: Limits { binding: binding_limit(&gpu.limits), buffer: gpu.limits.max_buffer_size & !255 },
-            workgroup_bytes: gpu.limits.max_compute_workgroup_storage_size,
-            workgroups: if software { 4 } else { 256 },
-            loop_limit: software.then_some(SOFTWARE_LOOP_LIMIT),
-            gradient_factor: HALF_GRADIENT_FACTOR,
-        };
-        let storage = Storage::new(&plan, facts.limits, facts.f16 && plan.target.compute == DType::F16);
+        let facts = Facts { measures, ..gpu.facts() };
+        let storage = facts.storage(&plan);
         let mut lowered = lower(&plan, &storage, &facts, &choices)?;
         let mut allocated = 0;
         let mut allocate = |label: String, size: u64, usage: wgpu::BufferUsages| {
@@ -281,6 +299,7 @@ impl WgpuSession {
             parameters,
             offsets,
             scales_gradients,
+            notice: None,
         };
         let begun = Instant::now();
         session.load(weights.as_ref())?;
@@ -462,6 +481,10 @@ impl Session for WgpuSession {
 
     fn tuning(&self) -> Option<String> {
         (!self.choices.is_empty()).then(|| tuning::table(&self.choices, &cache::made_with(&self.gpu.info)))
+    }
+
+    fn notice(&self) -> Option<String> {
+        self.notice.clone()
     }
 
     fn allocated_bytes(&self) -> u64 {

@@ -11,6 +11,8 @@
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
+
 use crate::program::{BufferId, DType, Kind, Op, Placement, Plan};
 
 /// A wgpu buffer of the session.
@@ -139,7 +141,7 @@ pub struct Slab {
 }
 
 /// Bytes that things may have on an adapter.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Limits {
     /// What a shader sees of a buffer at once.
     pub binding: u64,

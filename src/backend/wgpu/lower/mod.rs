@@ -13,6 +13,8 @@ mod rows;
 
 use std::collections::{BTreeMap, HashMap};
 
+use serde::{Deserialize, Serialize};
+
 pub use choice::{Choices, Question, Work};
 
 use super::kernel::{Binding, Element, Kernel, Value};
@@ -21,7 +23,7 @@ use crate::backend::EngineError;
 use crate::program::{BufferId, DType, Op, Plan};
 
 /// What lowering knows of the device.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Facts {
     /// Half-precision storage and arithmetic.
     pub f16: bool,
