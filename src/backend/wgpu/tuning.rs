@@ -465,29 +465,18 @@ mod tests {
         assert_eq!(chosen, 1);
     }
 
-    /// Every kernel that an adapter with cooperative matrices would be asked to compile, candidates and all, for layers
-    /// that tiles divide and for ragged ones: no adapter here can run them, but their WGSL is checked.
-    #[test]
-    fn kernels_for_cooperative_matrices_are_valid() {
-        use crate::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
-        let options =
-            super::super::Options { adapter: Some(0), compute: Some(DType::F16), portable: false, narrow: None };
-        let target = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
-        let limits = super::super::storage::Limits { binding: 1 << 30, buffer: 1 << 40 };
-        let facts = Facts {
-            f16: true,
-            subgroups: true,
-            cooperative: true,
-            limits,
-            workgroup_bytes: 48 << 10,
-            software: false,
-            workgroups: 256,
-            measures: true,
-            loop_limit: None,
-            gradient_factor: super::super::lower::HALF_GRADIENT_FACTOR,
+    /// What an adapter might be asked to compile, candidates and all, for layers that tiles divide and for ragged ones.
+    fn kernels(facts: &Facts, compute: DType) -> std::collections::BTreeSet<Kernel> {
+        use crate::model::{
+            AdapterOptions, GenerationOptions, Method, ModelConfig, Recompute, TrainingOptions, names,
+            training_workload,
         };
+        let options = super::super::Options { adapter: Some(0), compute: Some(compute), portable: false, narrow: None };
+        let target = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
         let mut kernels = std::collections::BTreeSet::new();
-        for (hidden, intermediate, weights) in [(256, 512, None), (256, 1024, Some(DType::Nf4)), (192, 324, None)] {
+        let weights =
+            [(256, 512, None), (256, 1024, Some(DType::Nf4)), (192, 324, Some(DType::Int8)), (192, 324, None)];
+        for (hidden, intermediate, weights) in weights {
             let config = serde_json::json!({
                 "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
                 "intermediate_size": intermediate, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -502,28 +491,62 @@ mod tests {
                 let options = TrainingOptions {
                     method,
                     sizes: vec![512],
-                    evaluate: false,
+                    evaluate: true,
                     recompute: vec![Recompute::None],
                     betas: [0.9, 0.999],
                     epsilon: 1e-8,
                     weight_decay: 0.01,
                     max_grad_norm: 1.0,
                     eight_bit: false,
-                    generation: None,
+                    generation: Some(GenerationOptions { capacity: 64, prefill_sizes: vec![16] }),
                 };
                 let workload = training_workload(&config, &options, &target).expect("a workload");
                 let plan = crate::program::plan::plan(workload, target.clone()).expect("a plan");
-                let storage = Storage::new(&plan, limits, true);
+                let storage = Storage::new(&plan, facts.limits, facts.f16);
                 let none = Choices::new();
                 let mut lowering = Lowering::new(&plan, &storage, facts.clone(), &none);
                 for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
                     lowering.op(&step.op).expect("lowered");
                 }
                 kernels.extend(lowering.kernels);
-                let (trials, _) = trials(&plan, &storage, &facts, lowering.questions).expect("trials");
+                let (trials, _) = trials(&plan, &storage, facts, lowering.questions).expect("trials");
                 kernels.extend(trials.into_iter().flat_map(|trial| trial.attempts).flat_map(|attempt| attempt.kernels));
             }
         }
+        kernels
+    }
+
+    fn facts(f16: bool, subgroups: bool, cooperative: bool) -> Facts {
+        Facts {
+            f16,
+            subgroups,
+            cooperative,
+            limits: super::super::storage::Limits { binding: 1 << 30, buffer: 1 << 40 },
+            workgroup_bytes: if cooperative { 48 << 10 } else { 16 << 10 },
+            software: false,
+            workgroups: 256,
+            measures: true,
+            loop_limit: None,
+            gradient_factor: super::super::lower::HALF_GRADIENT_FACTOR,
+        }
+    }
+
+    /// The module of a kernel, checked.
+    fn checked(kernel: &Kernel) -> (naga::Module, naga::valid::ModuleInfo) {
+        let text = kernel.wgsl().expect("expands");
+        let module = naga::front::wgsl::parse_str(&text)
+            .unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&text)));
+        let mut validator =
+            naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
+        let info =
+            validator.validate(&module).unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&text)));
+        (module, info)
+    }
+
+    /// No adapter here has cooperative matrices; the WGSL of kernels for them is checked.
+    #[test]
+    fn kernels_for_cooperative_matrices_are_valid() {
+        let kernels = kernels(&facts(true, true, true), DType::F16);
         let cooperative = |kernel: &&Kernel| kernel.file == "matmul_cooperative";
         let has = |name: &str| kernels.iter().filter(cooperative).filter(|k| k.constants.contains_key(name)).count();
         for constant in
@@ -532,13 +555,30 @@ mod tests {
             assert!(has(constant) > 0, "no kernel has {constant}");
         }
         assert!(kernels.iter().filter(cooperative).any(|kernel| !kernel.constants.contains_key("WIDE")));
-        use wgpu::naga::valid::{Capabilities, ValidationFlags, Validator};
-        for kernel in &kernels {
-            let text = kernel.wgsl().expect("expands");
-            let module = wgpu::naga::front::wgsl::parse_str(&text)
-                .unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&text)));
-            let checked = Validator::new(ValidationFlags::all(), Capabilities::all()).validate(&module);
-            checked.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&text)));
+        kernels.iter().for_each(|kernel| {
+            checked(kernel);
+        });
+    }
+
+    /// What adapters of Metal and DX12 would be given, translated as wgpu does it: core WebGPU, and f16 with subgroups.
+    #[test]
+    fn every_kernel_can_be_translated_for_metal_and_dx12() {
+        use naga::back::{hlsl, msl};
+        let portable = kernels(&facts(false, false, false), DType::F32);
+        let half = kernels(&facts(true, true, false), DType::F16);
+        assert!(portable.len() > 40 && half.len() > 40, "{} and {} kernels", portable.len(), half.len());
+        for kernel in portable.union(&half) {
+            let (module, info) = checked(kernel);
+            let options = msl::Options { lang_version: (3, 0), fake_missing_bindings: true, ..Default::default() };
+            let written = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default());
+            let (text, _) = written.unwrap_or_else(|error| panic!("Metal: {kernel:?}: {error}"));
+            assert!(text.contains("kernel"), "{text}");
+            // Shader model 6.2 is the first with 16-bit floats.
+            let options = hlsl::Options { shader_model: hlsl::ShaderModel::V6_2, ..Default::default() };
+            let (mut text, pipeline) = (String::new(), hlsl::PipelineOptions::default());
+            let written = hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None);
+            written.unwrap_or_else(|error| panic!("DX12: {kernel:?}: {error}"));
+            assert!(text.contains("numthreads"), "{text}");
         }
     }
 }
