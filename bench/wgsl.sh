@@ -9,6 +9,7 @@
 # leak                            2,000 steps of the demo model, host and device memory at 200 and at the end
 # doctor                          what `tune doctor` says of the adapter
 # attention-phases candidates     experiments of `wgsl_probe`
+# TUNE_WGPU_PLAIN=1 leaves cooperative matrices out, as on adapters that have none; PRECISION=f16 or f32 says in which type then.
 # BIN is the example `wgsl`, TUNE the program, PROBE the example `wgsl_probe`; python3 with torch, transformers and peft. What
 # is printed goes to LOG too, line by line.
 set -uo pipefail

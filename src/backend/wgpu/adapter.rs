@@ -31,7 +31,7 @@ pub struct Options {
 
 impl Options {
     /// Reads `wgpu` or `wgpu:N`, and a precision of `auto`, `f32` or `f16`. `TUNE_WGPU_PORTABLE` in the environment asks
-    /// for [`Options::portable`].
+    /// for [`Options::portable`]; with `TUNE_WGPU_PLAIN` no adapter has cooperative matrices, as most have none.
     ///
     /// # Errors
     /// When either is none of these.
@@ -114,7 +114,8 @@ fn enumerate() -> Vec<wgpu::Adapter> {
 }
 
 fn has_cooperative(adapter: &wgpu::Adapter) -> bool {
-    adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+    std::env::var_os("TUNE_WGPU_PLAIN").is_none_or(|value| value.is_empty())
+        && adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
         && adapter.features().contains(wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP)
         // The kernels count on subgroups of 32.
         && (adapter.get_info().subgroup_min_size, adapter.get_info().subgroup_max_size) == (32, 32)
