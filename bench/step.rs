@@ -277,8 +277,18 @@ fn search(
 ) -> anyhow::Result<Plan> {
     let recompute = RecomputeChoice::Auto;
     let (target, device_memory, host_optimizer, facts) = (target.clone(), None, None, None);
-    let search =
-        Search { config, options, target, device_memory, facts, longest_row, update_tokens, recompute, host_optimizer };
+    let search = Search {
+        config,
+        options,
+        target,
+        device_memory,
+        facts,
+        longest_row,
+        update_tokens,
+        recompute,
+        host_optimizer,
+        truncates: true,
+    };
     let (plan, choice) = search.run()?;
     println!("{}", serde_json::to_string(&choice)?);
     Ok(plan)

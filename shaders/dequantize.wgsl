@@ -6,8 +6,8 @@
 //
 //   EIGHTS  everything is in eights, of which a thread takes four at once; WORDS  the output is f16, written as words of two
 //
-// A scale of NF4 is three reads, each of which waits for the one before: in eights a group of threads reads those of its 8,192
-// elements once.
+// A scale of NF4 takes two reads, one of which waits for the other: in eights a group of threads reads those of its 8,192 elements
+// once, and the map beside them, so that all reads are under way together.
 fn byte(start: u32, i: u32) -> u32 {
   return (weight_get(start + i / 4u) >> ((i % 4u) * 8u)) & 255u;
 }
@@ -24,6 +24,7 @@ var<workgroup> level: array<f32, 16>;
 #if EIGHTS
 // One more where the first element is not the first of its block.
 var<workgroup> scales: array<f32, 129>;
+var<workgroup> map: array<f32, 256>;
 #end
 #end
 
@@ -63,7 +64,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         @builtin(num_workgroups) groups: vec3<u32>) {
 #if !INT8
   if (thread < 16u) { level[thread] = table_get(512u + thread); }
+#if EIGHTS
+  map[thread] = table_get(thread);
+  let offset = bitcast<f32>(weight_get(p.offset));
+#else
   workgroupBarrier();
+#end
 #end
 #if EIGHTS
   let last = p.count - 8u;
@@ -84,14 +90,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #else
     let w = vec4<u32>(weight_get(e.x / 8u), weight_get(e.y / 8u), weight_get(e.z / 8u), weight_get(e.w / 8u));
     let block = (p.first + start) / 64u;
-    if (thread < 129u && (block + thread) * 64u < p.first + p.count) { scales[thread] = scale((block + thread) * 64u); }
+    let own = block + thread;
+    let scaled = thread < 129u && own * 64u < p.first + p.count;
+    var scale_code = 0u;
+    var group_scale = 0.0;
+    if (scaled) {
+      scale_code = byte(p.scales, own);
+      group_scale = bitcast<f32>(weight_get(p.group_scales + own / 256u));
+    }
+    // The tables are there, and all have read the scales before.
+    workgroupBarrier();
+    if (scaled) { scales[thread] = offset + map[scale_code] * group_scale; }
     workgroupBarrier();
     if (i < p.count) { unpack8(i, w.x, scales[e.x / 64u - block]); }
     if (second < p.count) { unpack8(second, w.y, scales[e.y / 64u - block]); }
     if (third < p.count) { unpack8(third, w.z, scales[e.z / 64u - block]); }
     if (fourth < p.count) { unpack8(fourth, w.w, scales[e.w / 64u - block]); }
-    // The next scales come when all have read these.
-    workgroupBarrier();
 #end
   }
 #else

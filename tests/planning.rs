@@ -66,8 +66,18 @@ fn search(
     let (longest_row, update_tokens) = (row, row * batch);
     let recompute = RecomputeChoice::Auto;
     let (target, device_memory, host_optimizer, facts) = (target.clone(), None, None, None);
-    let search =
-        Search { config, options, target, device_memory, facts, longest_row, update_tokens, recompute, host_optimizer };
+    let search = Search {
+        config,
+        options,
+        target,
+        device_memory,
+        facts,
+        longest_row,
+        update_tokens,
+        recompute,
+        host_optimizer,
+        truncates: true,
+    };
     let (result, target) = (search.run(), &search.target);
     match &result {
         Ok((plan, choice)) => println!(
@@ -128,6 +138,7 @@ fn full_fine_tuning_of_8b_fits_48_gb() {
             update_tokens,
             recompute,
             host_optimizer,
+            truncates: true,
         };
         let (plan, choice) = search.run().expect("8B in 48 GB");
         let target = &search.target;

@@ -267,6 +267,7 @@ fn the_plan_knows_what_a_session_takes_and_what_it_is_refused() {
         update_tokens: longest_row,
         recompute: RecomputeChoice::Auto,
         host_optimizer: None,
+        truncates: true,
     };
     let (plan, _) = search(&model.config, 200).run().expect("a plan");
     let peak = plan.summary.peak_bytes;

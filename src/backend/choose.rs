@@ -82,6 +82,8 @@ pub fn find(device: &str, precision: &str) -> Result<Found, EngineError> {
     match device {
         "auto" => match find_cuda(precision) {
             Ok(found) => Ok(found),
+            // No other engine computes in these.
+            Err(cuda) if matches!(precision, "bf16" | "fp8") => unsupported("cuda", cuda),
             Err(cuda) => match find_wgpu("wgpu", precision, &format!("a graphics adapter is there; {cuda}")) {
                 Ok(found) => Ok(found),
                 Err(wgpu) => find_cpu(precision, format!("{cuda}; {wgpu}")),

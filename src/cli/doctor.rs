@@ -67,19 +67,30 @@ fn fix(yes: bool) -> anyhow::Result<u8> {
             return Ok(exit::DONE);
         }
     };
-    let command = shell_words::join(&fix.command);
-    println!("{}\n  {command}", fix.about);
-    let Some((program, rest)) = fix.command.split_first().filter(|_| fix.runnable) else {
-        return Err(
-            Failure::run("neither uv nor pip is on this machine", format!("run `{command}` where one is")).into()
-        );
-    };
+    let commands: Vec<String> = fix.commands.iter().map(shell_words::join).collect();
+    println!("{}", fix.about);
+    commands.iter().for_each(|command| println!("  {command}"));
+    if !fix.runnable {
+        let hint = format!("run `{}` where one is", commands.join("` and `"));
+        return Err(Failure::run("neither uv nor pip is on this machine", hint).into());
+    }
     if !yes && !super::rm::confirmed("bring these?")? {
         return Ok(exit::DONE);
     }
-    let status = std::process::Command::new(program).args(rest).status()?;
-    if !status.success() {
-        return Err(Failure::run(format!("`{command}` failed: {status}"), "its own message says why").into());
+    for (words, command) in fix.commands.iter().zip(&commands) {
+        let Some((program, rest)) = words.split_first() else { continue };
+        let status = std::process::Command::new(program).args(rest).status()?;
+        if !status.success() {
+            let hint = match command.strip_prefix("uv ") {
+                Some(pip) => format!("its own message says why; without uv it is `{pip}`"),
+                None => "its own message says why".into(),
+            };
+            return Err(Failure::run(format!("`{command}` failed: {status}"), hint).into());
+        }
+    }
+    if let Some(library) = fix.still_missing() {
+        let what = format!("{library} is not where it was to be put, though nothing failed");
+        return Err(Failure::run(what, "`tune doctor --fix` once more says what is missing").into());
     }
     println!("brought; `tune doctor` says what is there now");
     Ok(exit::DONE)

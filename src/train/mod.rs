@@ -90,7 +90,7 @@ impl TrainError {
                 several => format!("any one of these would fit: {}", several.join("; ")),
             },
             TrainError::Planning(planning::PlanningError::Plan(PlanError::BufferTooLarge { .. })) => {
-                "lower data.max_length, for a row is computed whole; weights of that size need another device".into()
+                "lower data.max_length, for a row is computed whole".into()
             }
             TrainError::Data(error) => error.hint(),
             TrainError::Write { .. } => "free space on that disk, then `tune resume` the run".into(),
@@ -100,7 +100,7 @@ impl TrainError {
                     .into()
             }
             TrainError::Engine(EngineError::OutOfMemory { .. }) => {
-                "end other programs that use the device, or set engine.vram, then `tune resume` the run".into()
+                "end other programs that use the device, or set engine.vram in the run's run.toml, then `tune resume` the run".into()
             }
             TrainError::Engine(EngineError::Device { .. }) => {
                 "`tune resume` the run; `tune doctor` looks at the device".into()

@@ -65,7 +65,8 @@ fn shorter_rows<'a>(search: &Search<'a>) -> Option<Change<'a>> {
         let middle = usize::midpoint(low, high);
         if rows(middle).fits_somehow() { low = middle } else { high = middle }
     }
-    Some((format!("data.max_length = {}", low * LENGTH_STEP), rows(low)))
+    let cut = if search.truncates { "" } else { " with data.too_long = \"truncate\"" };
+    Some((format!("data.max_length = {}{cut}", low * LENGTH_STEP), rows(low)))
 }
 
 /// The largest of the halves of the rank that fits.

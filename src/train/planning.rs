@@ -35,6 +35,8 @@ pub struct Search<'a> {
     pub recompute: RecomputeChoice,
     /// Whether the optimizer's moments lie in the host's memory; none: where nothing else helps.
     pub host_optimizer: Option<bool>,
+    /// Whether rows above `data.max_length` are cut.
+    pub truncates: bool,
 }
 
 /// A step from fast to lean.
@@ -137,6 +139,11 @@ impl Search<'_> {
                 | PlanError::Refused { fits, .. } = &mut error
                 {
                     *fits = settings_that_fit(self);
+                }
+                if let PlanError::DoesNotFit { target, .. } = &mut error
+                    && self.device_memory.is_some_and(|all| self.target.memory.is_some_and(|budget| budget < all))
+                {
+                    *target = "engine.vram".into();
                 }
                 Err(error.into())
             }

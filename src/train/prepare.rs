@@ -13,7 +13,7 @@ use crate::model::adapter::Adapter;
 use crate::model::names::PROJECTIONS;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{AdapterOptions, GenerationOptions, Method, Model, ModelConfig, TrainingOptions};
-use crate::spec::{MethodKind, Optimizer, RunSpec, Targets};
+use crate::spec::{MethodKind, Optimizer, RunSpec, Targets, TooLong};
 
 /// Everything of a run that does not depend on the device.
 pub struct Prepared {
@@ -192,11 +192,23 @@ pub fn search<'a>(
         _ => None,
     };
     let mut target = choice.target.clone();
+    let truncates = spec.data.too_long == TooLong::Truncate;
     let (device_memory, facts) = (target.memory, choice.facts.clone());
     if let Some(budget) = spec.engine.budget() {
         target.memory = Some(target.memory.map_or(budget, |free| free.min(budget)));
     }
-    Ok(Search { config, options, target, device_memory, facts, longest_row, update_tokens, recompute, host_optimizer })
+    Ok(Search {
+        config,
+        options,
+        target,
+        device_memory,
+        facts,
+        longest_row,
+        update_tokens,
+        recompute,
+        host_optimizer,
+        truncates,
+    })
 }
 
 /// Type that frozen weights are quantized to; none for as stored.

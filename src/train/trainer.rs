@@ -122,10 +122,10 @@ pub fn train(
         controls.emit(Event::Warning {
             rule: "resume".into(),
             message:
-                "the tuning table of the checkpoint is of another card, driver or library: results will differ in \
-                      the last bits from an uninterrupted run"
+                "the tuning table of the checkpoint is of another card, driver or library, or of other kernels: results will \
+                 differ in the last bits from an uninterrupted run"
                     .into(),
-            advice: "resume with the card, driver and libraries that the run began with for the same bits".into(),
+            advice: "resume with the card, driver, libraries and version of tune that the run began with for the same bits".into(),
         });
     }
     let mut stepper = Stepper::new(session, spec.train.seed, spec.train.betas, prepared.model.config.padding_token)?;

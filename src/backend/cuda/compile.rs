@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cudarc::driver::{result as driver, sys as sys_driver};
-use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 
 use super::driver::{Card, During, failed, unsupported};
+use super::nvrtc::Nvrtc;
 use crate::backend::EngineError;
 
 /// A file of kernels.
@@ -94,13 +94,20 @@ pub fn architecture((major, minor): (i32, i32)) -> Result<String, EngineError> {
 }
 
 /// Version of the compiler in use.
+///
+/// # Errors
+/// When there is none.
 pub fn compiler_version() -> Result<(i32, i32), EngineError> {
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: both point to live integers.
-    unsafe { sys::nvrtcVersion(&mut major, &mut minor) }
-        .result()
-        .map_err(|error| failed(format!("asking NVRTC for its version: {error}")))?;
-    Ok((major, minor))
+    Ok(Nvrtc::found()?.version())
+}
+
+/// What kernels are made with: the compiler, and a digest of all sources.
+pub(super) fn made_with() -> Result<String, EngineError> {
+    let (major, minor) = compiler_version()?;
+    let mut digest = Sha256::new();
+    SOURCES.iter().for_each(|source| digest.update(source.text()));
+    let digest: String = digest.finalize().as_slice()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(format!("NVRTC {major}.{minor}, kernels {digest}"))
 }
 
 fn options(architecture: &str, defines: &[Define]) -> Vec<String> {
@@ -114,42 +121,12 @@ fn options(architecture: &str, defines: &[Define]) -> Vec<String> {
 /// # Errors
 /// With the compiler's log.
 pub fn compile(source: &Source, defines: &[Define], architecture: &str) -> Result<Vec<u8>, EngineError> {
-    let text = CString::new(source.text()).map_err(|_| failed("a kernel file holds a zero byte"))?;
-    let name = CString::new(format!("{}.cu", source.name)).map_err(|_| failed("a kernel name holds a zero byte"))?;
-    let program = result::create_program(&text, Some(&name))
-        .map_err(|error| failed(format!("starting NVRTC on {}: {error}", source.name)))?;
-    let binary = compile_program(program, source, defines, architecture);
-    // SAFETY: created above, destroyed only here.
-    let _ = unsafe { result::destroy_program(program) };
-    binary
-}
-
-fn compile_program(
-    program: sys::nvrtcProgram,
-    source: &Source,
-    defines: &[Define],
-    architecture: &str,
-) -> Result<Vec<u8>, EngineError> {
-    // SAFETY: the program is alive until the caller destroys it.
-    if let Err(error) = unsafe { result::compile_program(program, &options(architecture, defines)) } {
-        // SAFETY: as above.
-        let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
-        let log: Vec<u8> = log.iter().map(|&c| c as u8).take_while(|&c| c != 0).collect();
-        return Err(failed(format!(
-            "compiling {}.cu for {architecture}: {error}\n{}",
-            source.name,
-            String::from_utf8_lossy(&log)
-        )));
-    }
-    let mut bytes = 0;
-    // SAFETY: the program was compiled; the vector has the size that NVRTC asks for.
-    let binary = unsafe {
-        sys::nvrtcGetCUBINSize(program, &mut bytes).result().and_then(|()| {
-            let mut binary = vec![0u8; bytes];
-            sys::nvrtcGetCUBIN(program, binary.as_mut_ptr().cast()).result().map(|()| binary)
-        })
-    };
-    binary.map_err(|error| failed(format!("reading the machine code of {}: {error}", source.name)))
+    let text = |text: String| CString::new(text).map_err(|_| failed("a kernel file or option holds a zero byte"));
+    let (source_text, name) = (text(source.text())?, text(format!("{}.cu", source.name))?);
+    let options = options(architecture, defines).into_iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    Nvrtc::found()?
+        .machine_code(&source_text, &name, &options)
+        .map_err(|error| failed(format!("compiling {}.cu for {architecture}: {error}", source.name)))
 }
 
 /// Compiled kernels in the user's private cache folder.

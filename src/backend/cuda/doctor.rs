@@ -24,12 +24,15 @@ pub fn doctor() -> Report {
             }
             None => {
                 usable = false;
-                let (what, mend): (_, String) = match found.library {
+                let (what, mend): (&str, String) = match found.library {
                     Library::Driver => {
                         ("not on this machine", "install NVIDIA's driver if there is an NVIDIA card".into())
                     }
                     _ => (
-                        "not found on the loader's path, in CUDA folders or in the active Python",
+                        found
+                            .unfit
+                            .as_deref()
+                            .unwrap_or("not found on the loader's path, in CUDA folders or in the active Python"),
                         "tune doctor --fix".into(),
                     ),
                 };
@@ -92,8 +95,9 @@ fn detail(library: Library, path: &str) -> String {
 pub struct Fix {
     /// What will be brought, and how large it is, for the user to agree to.
     pub about: String,
-    /// Program and arguments; run as they are.
-    pub command: Vec<String>,
+    /// Programs and arguments, one a library; run as they are.
+    pub commands: Vec<Vec<String>>,
+    libraries: Vec<Library>,
     /// Whether the program is on this machine; if not, the command is for the user to run elsewhere.
     pub runnable: bool,
 }
@@ -129,20 +133,31 @@ pub fn fix() -> Result<Fix, String> {
         return Err("NVIDIA's libraries are there".into());
     }
     let driver = library::driver_major();
-    let packages: Vec<&str> = missing.iter().filter_map(|library| library.package(driver)).collect();
-    let folder = library::own_folder().ok_or("this user has no data folder: set HOME or XDG_DATA_HOME")?;
-    let folder = folder.display().to_string();
+    let own = library::own_folder().ok_or("this user has no data folder: set HOME or XDG_DATA_HOME")?;
     let program = ["uv", "pip3", "pip"].into_iter().find(|program| on_path(program));
-    let mut command: Vec<String> = match program {
-        Some("uv") => vec!["uv".into(), "pip".into(), "install".into()],
-        Some(program) => vec![program.into(), "install".into()],
-        None => vec!["pip".into(), "install".into()],
+    let start: &[&str] = match program {
+        Some("uv") => &["uv", "pip", "install"],
+        Some("pip3") => &["pip3", "install"],
+        _ => &["pip", "install"],
     };
-    command.extend(["--target".into(), folder.clone()]);
-    command.extend(packages.iter().map(|package| package.to_string()));
+    let packages = missing.iter().filter_map(|library| library.package(driver));
+    let commands = packages.clone().map(|package| {
+        // Of its own: pip leaves a second package out where one has the same folder.
+        let folder = own.join(package.replace(['<', '>', '='], "-")).display().to_string();
+        start.iter().copied().chain(["--target", &folder, package]).map(str::to_owned).collect()
+    });
+    let commands = commands.collect();
     let megabytes: u32 = missing.iter().map(|library| library.megabytes(driver)).sum();
-    let about = format!("{} from NVIDIA, about {megabytes} MB to download, into {folder}", packages.join(" and "));
-    Ok(Fix { about, command, runnable: program.is_some() })
+    let names = packages.collect::<Vec<_>>().join(" and ");
+    let about = format!("{names} from NVIDIA, about {megabytes} MB to download, into {}", own.display());
+    Ok(Fix { about, commands, libraries: missing, runnable: program.is_some() })
+}
+
+impl Fix {
+    /// A library that is not there though its command went well.
+    pub fn still_missing(&self) -> Option<&'static str> {
+        self.libraries.iter().find(|library| !library::was_brought(**library)).map(|library| library.name())
+    }
 }
 
 fn on_path(program: &str) -> bool {

@@ -220,9 +220,12 @@ impl Card {
         unsafe { result::ctx::set_current(self.context) }.during("binding the context")
     }
 
+    /// Waits for all work, copies that run beside it too.
     pub fn synchronize(&self) -> Result<(), EngineError> {
-        // SAFETY: the stream lives as long as `self`.
-        unsafe { result::stream::synchronize(self.stream) }.during("waiting for the card")
+        [self.stream, self.copies].into_iter().try_for_each(|stream| {
+            // SAFETY: the streams live as long as `self`.
+            unsafe { result::stream::synchronize(stream) }.during("waiting for the card")
+        })
     }
 
     /// Free and total bytes.
@@ -430,8 +433,10 @@ pub(super) struct PinnedMemory {
 impl PinnedMemory {
     pub fn new(card: &Arc<Card>, bytes: usize) -> Result<Self, EngineError> {
         // SAFETY: a context is current; freed in `drop`.
-        let start = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }
-            .during(&format!("{bytes} bytes of page-locked memory on the host"))?;
+        let start = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }.during(&format!(
+            "{bytes} bytes of page-locked memory on the host, which a larger engine.vram, shorter rows or \
+                 train.optimizer_memory = \"device\" need less of; `ulimit -l` may limit it"
+        ))?;
         Ok(Self { card: card.clone(), start: start.cast(), bytes })
     }
 

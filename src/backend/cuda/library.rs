@@ -2,10 +2,12 @@
 //! the active Python, and in the user's data folder, where `tune doctor --fix` puts them. Never in the working
 //! directory.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+
+use super::nvrtc::Nvrtc;
 
 /// A library that the engine loads at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +26,26 @@ pub struct Found {
     pub library: Library,
     /// The name or path under which it was loaded; none when it was not found.
     pub path: Option<PathBuf>,
+    pub(super) handle: Option<Handle>,
+    /// One that was found and is of no use with this machine's card: which, and why.
+    pub unfit: Option<String>,
+}
+
+/// A loaded library, never unloaded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handle(*mut c_void);
+
+// SAFETY: the loader's handles may be used from any thread.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+impl Handle {
+    pub fn symbol(self, name: &CStr) -> Option<*mut c_void> {
+        // SAFETY: the handle is the loader's, the name a C string.
+        let symbol = unsafe { libc::dlsym(self.0, name.as_ptr()) };
+        (!symbol.is_null()).then_some(symbol)
+    }
 }
 
 impl Library {
@@ -74,12 +96,11 @@ impl Library {
 }
 
 /// Loads a library so that later look-ups by its plain name find it. Global, and never unloaded.
-fn load(path: &Path) -> bool {
-    let Ok(name) = CString::new(path.as_os_str().as_bytes()) else {
-        return false;
-    };
+fn load(path: &Path) -> Option<Handle> {
+    let name = CString::new(path.as_os_str().as_bytes()).ok()?;
     // SAFETY: the name is a C string; NVIDIA's libraries run no code of ours when they are loaded.
-    !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    (!handle.is_null()).then_some(Handle(handle))
 }
 
 /// Finds and loads all libraries, once a process.
@@ -90,11 +111,11 @@ pub fn find() -> &'static [Found] {
         // The driver comes first: its version says which of the others to take.
         let mut driver = None;
         let find = |library| {
-            let path = find_one(library, &folders, driver);
-            if library == Library::Driver && path.is_some() {
+            let found = find_one(library, &folders, driver);
+            if library == Library::Driver && found.path.is_some() {
                 driver = driver_major();
             }
-            Found { library, path }
+            found
         };
         Library::ALL.into_iter().map(find).collect()
     })
@@ -108,36 +129,68 @@ pub fn driver_major() -> Option<u32> {
     known.then_some(version.unsigned_abs() / 1000)
 }
 
-fn find_one(library: Library, folders: &[PathBuf], driver: Option<u32>) -> Option<PathBuf> {
-    for file in library.files(driver) {
-        if load(Path::new(file)) {
-            return Some(PathBuf::from(file));
-        }
-    }
-    if library == Library::Driver {
-        return ["/usr/lib/wsl/lib", "/usr/local/nvidia/lib64"]
-            .iter()
-            .flat_map(|folder| library.files(driver).iter().map(move |file| Path::new(folder).join(file)))
-            .find(|path| load(path));
-    }
-    for folder in folders {
-        for file in library.files(driver) {
-            let path = folder.join(file);
+fn find_one(library: Library, folders: &[PathBuf], driver: Option<u32>) -> Found {
+    let mut found = Found { library, path: None, handle: None, unfit: None };
+    let names = library.files(driver).iter().map(PathBuf::from);
+    let places: Vec<PathBuf> = match library {
+        Library::Driver => ["/usr/lib/wsl/lib", "/usr/local/nvidia/lib64"].map(PathBuf::from).into(),
+        _ => folders.to_vec(),
+    };
+    let within = |folder: &PathBuf| library.files(driver).iter().map(|file| folder.join(file)).collect::<Vec<_>>();
+    // What was brought for this program comes before what happens to be there.
+    let own = own_folders();
+    let (brought, there): (Vec<_>, Vec<_>) = places.iter().partition(|folder| own.contains(folder));
+    let brought = brought.into_iter().flat_map(within);
+    for path in brought.chain(names).chain(there.into_iter().flat_map(within)) {
+        if path.is_absolute() {
             if !path.exists() {
                 continue;
             }
             // NVRTC opens its built-ins by name, where the loader would not look.
-            if library == Library::Nvrtc {
+            if let Some(folder) = path.parent().filter(|_| library == Library::Nvrtc) {
                 list(folder, "libnvrtc-builtins.so").iter().for_each(|path| {
                     load(path);
                 });
             }
-            if load(&path) {
-                return Some(path);
+        }
+        let Some(handle) = load(&path) else { continue };
+        match unfit(library, handle, driver) {
+            Some(why) => found.unfit = found.unfit.or(Some(format!("{}: {why}", path.display()))),
+            None => {
+                (found.path, found.handle) = (Some(path), Some(handle));
+                break;
             }
         }
     }
-    None
+    found
+}
+
+/// Why a library is of no use with the cards of this machine, if it is: a compiler may be older than they are.
+fn unfit(library: Library, handle: Handle, driver: Option<u32>) -> Option<String> {
+    if library != Library::Nvrtc {
+        return None;
+    }
+    let Some(nvrtc) = Nvrtc::of(handle) else { return Some("it is older than CUDA 11.2".into()) };
+    // Without a driver nothing can be asked, and any compiler will do.
+    let cards = driver.and_then(|_| super::driver::cards().ok()).unwrap_or_default();
+    let usable = |card: &super::CardFacts| super::compile::architecture(card.architecture).is_ok();
+    let unknown = cards.iter().filter(|card| usable(card)).find(|card| !nvrtc.knows(card.architecture))?;
+    let ((major, minor), (of, of_minor)) = (nvrtc.version(), unknown.architecture);
+    Some(format!("NVRTC {major}.{minor} does not know {} (compute capability {of}.{of_minor})", unknown.name))
+}
+
+/// Why cuBLASLt cannot be used though it was found, if so: the loader knows another by a name that comes first, which this
+/// driver does not run.
+pub fn conflict() -> Option<String> {
+    let (driver, version) = (driver_major()?, super::product::version() as u32);
+    let major = version / 10_000;
+    (major > driver).then(|| {
+        let minor = version / 100 % 100;
+        format!(
+            "the loader's own libcublasLt.so is of CUDA {major}.{minor}, and the driver runs CUDA {driver}: take its folder out \
+             of LD_LIBRARY_PATH"
+        )
+    })
 }
 
 /// The first library that is missing, if any.
@@ -148,6 +201,18 @@ pub fn missing() -> Option<Library> {
 /// Folder into which `tune doctor --fix` installs NVIDIA's packages.
 pub fn own_folder() -> Option<PathBuf> {
     directories::ProjectDirs::from("", "", "tune").map(|folders| folders.data_dir().join("nvidia-libraries"))
+}
+
+/// Where `tune doctor --fix` has put libraries: each package has a folder of its own, for two that share one overwrite each other.
+fn own_folders() -> Vec<PathBuf> {
+    let packages = own_folder().map(|own| list(own, "")).unwrap_or_default();
+    packages.iter().flat_map(|package| package_folders(package)).collect()
+}
+
+/// Whether a library's file is where `tune doctor --fix` puts it.
+pub(super) fn was_brought(library: Library) -> bool {
+    let files = library.files(driver_major());
+    own_folders().iter().any(|folder| files.iter().any(|file| folder.join(file).exists()))
 }
 
 /// Folders to search, in order; absolute ones only.
@@ -163,9 +228,7 @@ fn folders() -> Vec<PathBuf> {
     toolkits.sort();
     toolkits.reverse();
     folders.extend(toolkits.into_iter().map(|toolkit| toolkit.join("lib64")));
-    if let Some(own) = own_folder() {
-        folders.extend(package_folders(&own));
-    }
+    folders.extend(own_folders());
     for environment in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
         if let Some(root) = std::env::var_os(environment) {
             folders.extend(python_folders(Path::new(&root)));

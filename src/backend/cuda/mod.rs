@@ -13,6 +13,7 @@ mod known;
 pub mod library;
 mod lower;
 mod memory;
+mod nvrtc;
 mod product;
 mod session;
 mod tables;
@@ -93,9 +94,10 @@ pub fn usable(ordinal: usize) -> Result<CardFacts, EngineError> {
 /// Fails, saying what to do, when a library is missing.
 fn require_libraries() -> Result<(), EngineError> {
     match library::missing() {
-        None => match driver::too_old() {
-            Some(what) => Err(driver::unsupported(format!("{what}; update it, or use --device wgpu"))),
-            None => Ok(()),
+        None => match (driver::too_old(), library::conflict()) {
+            (Some(what), _) => Err(driver::unsupported(format!("{what}; update it, or use --device wgpu"))),
+            (None, Some(what)) => Err(driver::unsupported(what)),
+            (None, None) => Ok(()),
         },
         Some(missing @ library::Library::Driver) => {
             Err(driver::unsupported(format!("{} is not on this machine", missing.name())))

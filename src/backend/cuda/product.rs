@@ -224,7 +224,7 @@ impl Products {
             handle,
             workspace: DeviceMemory::new(card, WORKSPACE_BYTES, "cuBLASLt's workspace")?,
             constants: DeviceMemory::with(card, bytemuck::cast_slice(&[0.0f32, 1.0]), "constants")?,
-            tuning: Tuning::new(made_with, tuning),
+            tuning: Tuning::new(made_with, super::compile::made_with()?, tuning),
             checked: HashSet::new(),
             orders: HashMap::new(),
         })

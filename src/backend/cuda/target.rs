@@ -41,7 +41,9 @@ pub fn target(ordinal: usize) -> Result<Target, EngineError> {
     // The rest is for files on their way and for others.
     let host_memory = sysinfo::System::new().ok().map(|mut system| {
         system.refresh_memory();
-        system.available_memory() / 5 * 3
+        // A container may have less than the machine.
+        let own = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
+        system.available_memory().min(own) / 5 * 3
     });
     Ok(Target { host_memory, ..target })
 }

@@ -24,6 +24,10 @@ pub(super) struct Algorithm {
 struct Table {
     /// Card, driver and library that it was made with; of no use for others.
     made_with: String,
+    /// Kernels and compiler of the session that saved it: others give other last digits. Not in the file of choices, which does not
+    /// depend on them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    kernels: String,
     /// By shape.
     products: BTreeMap<String, Algorithm>,
 }
@@ -42,7 +46,7 @@ pub(super) struct Tuning {
 impl Tuning {
     /// The table for a card, driver and library: what is known, and over it what `given` (a table saved earlier) says.
     /// A given table for others is left aside.
-    pub fn new(made_with: String, given: Option<&str>) -> Self {
+    pub fn new(made_with: String, kernels: String, given: Option<&str>) -> Self {
         let mut products = kept(&made_with);
         let chosen = CHOSEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(known) = chosen.as_ref().and_then(|chosen| chosen.get(&made_with)) {
@@ -54,7 +58,7 @@ impl Tuning {
         {
             products.extend(given.products);
         }
-        Self { table: Table { made_with, products }, used: BTreeSet::new(), fresh: false }
+        Self { table: Table { made_with, kernels, products }, used: BTreeSet::new(), fresh: false }
     }
 
     pub fn get(&mut self, shape: &str) -> Option<Algorithm> {
@@ -75,7 +79,7 @@ impl Tuning {
     pub fn text(&self) -> String {
         let used = |(shape, _): &(&String, &Algorithm)| self.used.contains(*shape);
         let products = self.table.products.iter().filter(used).map(|(shape, data)| (shape.clone(), *data)).collect();
-        let table = Table { made_with: self.table.made_with.clone(), products };
+        let table = Table { products, ..self.table.clone() };
         serde_json::to_string(&table).unwrap_or_default()
     }
 
@@ -93,7 +97,7 @@ impl Tuning {
         for (shape, algorithm) in &self.table.products {
             products.entry(shape.clone()).or_insert(*algorithm);
         }
-        let table = Table { made_with: self.table.made_with.clone(), products };
+        let table = Table { made_with: self.table.made_with.clone(), kernels: String::new(), products };
         let written = path(&table.made_with).map(|path| {
             let text = serde_json::to_vec(&table).map_err(std::io::Error::other)?;
             write_checked(&path, &text)
@@ -127,20 +131,21 @@ mod tests {
     #[test]
     fn a_saved_table_has_what_was_used_and_counts_only_for_the_same_card() {
         let made_with = "a card of the tests".to_string();
-        let mut first = Tuning::new(made_with.clone(), None);
+        let mut first = Tuning::new(made_with.clone(), String::new(), None);
         assert_eq!(first.get("2x3"), None);
         first.insert("2x3".into(), algorithm(7));
         first.insert("4x5".into(), algorithm(8));
         let table = first.text();
 
-        let mut again = Tuning::new(made_with, Some(&table));
+        let mut again = Tuning::new(made_with, String::new(), Some(&table));
         assert_eq!(again.get("4x5"), Some(algorithm(8)));
         assert!(again.text().contains("4x5") && !again.text().contains("2x3"), "{}", again.text());
         assert_eq!(again.get("2x3"), Some(algorithm(7)));
         assert_eq!(again.text(), table);
 
-        let mut other = Tuning::new("another card of the tests".into(), Some(&table));
+        let mut other = Tuning::new("another card of the tests".into(), String::new(), Some(&table));
         assert_eq!(other.get("2x3"), None);
-        assert_eq!(Tuning::new("a third".into(), Some("{")).text(), Tuning::new("a third".into(), None).text());
+        let third = |given| Tuning::new("a third".into(), String::new(), given).text();
+        assert_eq!(third(Some("{")), third(None));
     }
 }
