@@ -78,10 +78,18 @@ pub fn choose(device: &str, precision: &str) -> Result<Choice, EngineError> {
 /// # Errors
 /// When the device is not there, or does not compute in that precision.
 pub fn find(device: &str, precision: &str) -> Result<Found, EngineError> {
+    Ok(candidates(device, precision)?.swap_remove(0))
+}
+
+/// As [`find`]: the device, and after it those that would do as well, each with less free memory than the one before.
+///
+/// # Errors
+/// As [`find`].
+pub fn candidates(device: &str, precision: &str) -> Result<Vec<Found>, EngineError> {
     let unsupported = |engine, what| Err(EngineError::Unsupported { engine, what });
-    match device {
+    let found = match device {
         "auto" => match find_cuda(precision) {
-            Ok(found) => Ok(found),
+            Ok(cards) => return Ok(cards),
             // No other engine computes in these.
             Err(cuda) if matches!(precision, "bf16" | "fp8") => unsupported("cuda", cuda),
             Err(cuda) => match find_wgpu("wgpu", precision, &format!("a graphics adapter is there; {cuda}")) {
@@ -100,11 +108,12 @@ pub fn find(device: &str, precision: &str) -> Result<Found, EngineError> {
                 format!("engine.device = {device:?}; it has auto, cpu, cuda, cuda:N, wgpu and wgpu:N"),
             ),
         },
-    }
+    };
+    found.map(|found| vec![found])
 }
 
-/// The card that can train, of several the one with the most free memory; or why there is none.
-fn find_cuda(precision: &str) -> Result<Found, String> {
+/// The cards that can train, those with the most free memory first; or why there is none.
+fn find_cuda(precision: &str) -> Result<Vec<Found>, String> {
     if !computes_on_cuda(precision) {
         return Err(format!("precision {precision} was asked for, which CUDA does not compute in"));
     }
@@ -119,16 +128,20 @@ fn find_cuda(precision: &str) -> Result<Found, String> {
             Err(error) => why = format!("{} cannot be used: {error}", card.name),
         }
     }
-    let several = usable.len() > 1;
-    let gpus = if several { Gpus::open() } else { None };
-    // Of equals the first; a difference that a process on its way makes is none.
-    let free = |found: &Found| gpus.as_ref().and_then(|gpus| gpus.free_bytes(&found.identity)).unwrap_or(0) >> 30;
-    let most = usable.iter().map(free).max();
-    let found = usable.into_iter().find(|found| Some(free(found)) == most).ok_or(why)?;
-    Ok(match several {
-        true => Found { reason: "of the NVIDIA cards it has the most free memory".into(), ..found },
-        false => found,
-    })
+    if usable.is_empty() {
+        return Err(why);
+    }
+    let count = usable.len();
+    if count > 1 {
+        let gpus = Gpus::open();
+        // Of equals the first; a difference that a process on its way makes is none.
+        let free = |found: &Found| gpus.as_ref().and_then(|gpus| gpus.free_bytes(&found.identity)).unwrap_or(0) >> 30;
+        usable.sort_by_key(|found| std::cmp::Reverse(free(found)));
+        for found in &mut usable {
+            found.reason = format!("of {count} NVIDIA cards, by free memory and other runs");
+        }
+    }
+    Ok(usable)
 }
 
 fn computes_on_cuda(precision: &str) -> bool {

@@ -12,7 +12,7 @@ mod quantized;
 pub mod wgpu;
 
 pub use self::wgpu::Facts;
-pub use choose::{Choice, Device, Found, choose, find, open, open_tuned};
+pub use choose::{Choice, Device, Found, candidates, choose, find, open, open_tuned};
 
 use crate::program::{BufferId, DType, Plan};
 

@@ -24,12 +24,13 @@ pub fn run(arguments: Arguments) -> anyhow::Result<u8> {
     }
     // Runs are two folders below the home.
     let home = path.ancestors().nth(2).map(Home::at).ok_or(RunError::NoHome)?;
-    Ok(work(&home, &RunFolder::at(path), &Training::default())?)
+    let training = Training { home: home.clone(), found: OnceCell::new() };
+    Ok(work(&home, &RunFolder::at(path), &training)?)
 }
 
 /// The job of every worker.
-#[derive(Default)]
 struct Training {
+    home: Home,
     /// The device whose lock the worker has: looked for once, for another may be the better one later.
     found: OnceCell<Found>,
 }
@@ -37,8 +38,11 @@ struct Training {
 impl Job for Training {
     fn device(&self, spec: &RunSpec) -> Result<String, Failure> {
         let request = |error: String, hint: &str| Failure { error, hint: hint.into(), request: true };
-        let found = backend::find(&spec.engine.device, &spec.engine.precision)
+        let mut found = backend::candidates(&spec.engine.device, &spec.engine.precision)
             .map_err(|error| request(error.to_string(), "`tune doctor` says which engines there are"))?;
+        // One that another run has is as good as none, however much memory that run leaves.
+        let free = found.iter().position(|found| self.home.has_free_device(&found.identity));
+        let found = found.swap_remove(free.unwrap_or(0));
         if let Some(capabilities) = Capabilities::of(found.engine) {
             capabilities.check(spec).map_err(|error| request(error.to_string(), ""))?;
         }

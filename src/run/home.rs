@@ -39,6 +39,11 @@ impl Home {
         self.path.join("devices").join(format!("{}.lock", device.replace([':', '/'], "-")))
     }
 
+    /// Whether no run has the device.
+    pub fn has_free_device(&self, identity: &str) -> bool {
+        super::lock::holder(&self.device_lock(identity)).is_none()
+    }
+
     /// Every run, oldest first.
     pub fn list(&self) -> Vec<RunFolder> {
         let Ok(entries) = std::fs::read_dir(self.runs()) else { return Vec::new() };

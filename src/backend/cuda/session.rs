@@ -266,7 +266,11 @@ impl Session for CudaSession {
             Replay::Warm if !self.becomes_graph(program) => self.launch(program, steps),
             Replay::Warm => {
                 let (before, _) = self.card.memory()?;
-                let graph = Graph::capture(&self.card, || self.launch(program, steps))?;
+                let graph = match Graph::capture(&self.card, || self.launch(program, steps.clone())) {
+                    // Launches go without the memory that it takes.
+                    Err(EngineError::OutOfMemory { .. }) => return self.launch(program, steps),
+                    captured => captured?,
+                };
                 graph.launch()?;
                 let (after, _) = self.card.memory()?;
                 let taken = before.saturating_sub(after);
