@@ -143,7 +143,8 @@ pub fn fix() -> Result<Fix, String> {
     let packages = missing.iter().filter_map(|library| library.package(driver));
     let commands = packages.clone().map(|package| {
         // Of its own: pip leaves a second package out where one has the same folder.
-        let folder = own.join(package.replace(['<', '>', '='], "-")).display().to_string();
+        let name = package.split('<').next().unwrap_or(package);
+        let folder = own.join(name).display().to_string();
         start.iter().copied().chain(["--target", &folder, package]).map(str::to_owned).collect()
     });
     let commands = commands.collect();
