@@ -116,7 +116,7 @@ def backward_portable(shape):
     lanes = 8 if d <= 64 else 16 if d <= 128 else 32
     row = 2 * d + 16
     return dict(
-        files=BASE + ["attention_backward.cu"],
+        files=BASE + ["attention.cu"],
         defines={"KEY_WARPS": warps, "KEY_BLOCK_M": block, "KEY_PASSES": passes, "QUERY_WARPS": warps, "QUERY_BLOCK_N": block},
         kernels={
             "attention_delta": dict(grid=lambda t, sms: (ceil(t * shape.heads, 256 // lanes), 1, 1), block=256, shared=0),
@@ -138,7 +138,7 @@ def forward_hopper(shape):
     d = shape.head_dim
     return dict(
         files=HOPPER + ["attention_hopper.cu"],
-        defines={},
+        defines={"FORWARD": 1},
         kernels={
             "attention_forward_hopper": dict(
                 grid=lambda t, sms: (min(sms, ceil(t, 128) * shape.heads), 1, 1),
@@ -152,8 +152,8 @@ def forward_hopper(shape):
 def backward_hopper(shape):
     d = shape.head_dim
     return dict(
-        files=HOPPER + ["attention_backward_hopper.cu"],
-        defines={},
+        files=HOPPER + ["attention_hopper.cu"],
+        defines={"BACKWARD": 1},
         kernels={
             "attention_backward_key_value_hopper": dict(
                 grid=lambda t, sms: (min(sms, ceil(t, 128) * shape.kv_heads), 1, 1), block=384, shared=1536 * d + 24576

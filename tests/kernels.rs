@@ -34,13 +34,14 @@ fn variants(source: &Source, (architecture, capability): (&str, (i32, i32))) -> 
     let mut variants = Vec::new();
     for (d, window, softcap) in [(64, 0, 0.0), (80, 100, 30.0), (128, 0, 0.0), (192, 0, 0.0), (256, 0, 0.0)] {
         match source.name {
-            "attention" => variants.push(attention(d, window, softcap, &forward_sizes(d))),
-            "attention_backward" => {
+            "attention" => {
+                variants.push(attention(d, window, softcap, &forward_sizes(d)));
                 variants.push(attention(d, window, softcap, &backward_sizes(d, capability)));
             }
-            "attention_hopper" | "attention_backward_hopper" => {
+            "attention_hopper" => {
                 if architecture == "sm_90a" && matches!(d, 64 | 128) {
-                    variants.push(attention(d, window, softcap, &[]));
+                    let pass = |name| attention(d, window, softcap, &[(name, 1)]);
+                    variants.extend(["FORWARD", "BACKWARD"].map(pass));
                 }
             }
             "lora" => {

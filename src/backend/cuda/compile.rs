@@ -47,8 +47,6 @@ pub type Define = (&'static str, String);
 pub const SOURCES: &[Source] = &[
     source!("adamw"),
     source!("attention", "tensor_core.cuh", "attention_shape.cuh"),
-    source!("attention_backward", "tensor_core.cuh", "attention_shape.cuh"),
-    source!("attention_backward_hopper", "tensor_core.cuh", "hopper.cuh", "attention_shape.cuh", "attention_tiles.cuh"),
     source!("attention_hopper", "tensor_core.cuh", "hopper.cuh", "attention_shape.cuh", "attention_tiles.cuh"),
     source!("bias"),
     source!("cached_attention"),

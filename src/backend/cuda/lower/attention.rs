@@ -82,7 +82,7 @@ impl Lowering<'_> {
         self.launch_variant(&portable, "attention_delta", grid, 256, 0, arguments)?;
 
         if hopper(self.card, shape) {
-            let hopper = variant("attention_backward_hopper", shape, room, &[]);
+            let hopper = hopper_variant("BACKWARD", shape, room);
             let (qkv, grad_output) = (self.matrix(*qkv), self.matrix(*grad_output));
             let (qkv_128, qkv_64) = (TensorMap::new(&qkv, 128)?, TensorMap::new(&qkv, 64)?);
             let (grad_128, grad_64) = (TensorMap::new(&grad_output, 128)?, TensorMap::new(&grad_output, 64)?);
@@ -181,7 +181,7 @@ pub fn files(card: &Card, plan: &Plan, op: &Op) -> Vec<Variant> {
         }
         Op::AttentionBackward { output, grad_qkv, shape, .. } => {
             let room = Room { output: spare(output), grad: spare(grad_qkv) };
-            let hopper = hopper(card, shape).then(|| variant("attention_backward_hopper", shape, room, &[]));
+            let hopper = hopper(card, shape).then(|| hopper_variant("BACKWARD", shape, room));
             let tiles = BackwardTiles::of(shape.head_dim, card.shared_bytes);
             hopper.into_iter().chain([backward_variant(shape, tiles, room)]).collect()
         }
@@ -194,25 +194,30 @@ fn hopper(card: &Card, shape: &AttentionShape) -> bool {
     card.capability == (9, 0) && matches!(shape.head_dim, 64 | 128)
 }
 
+/// One pass of `attention_hopper.cu`.
+fn hopper_variant(pass: &'static str, shape: &AttentionShape, room: Room) -> Variant {
+    variant("attention_hopper", shape, room, &[(pass, 1)])
+}
+
 fn forward_variant(card: &Card, shape: &AttentionShape, room: Room) -> Variant {
     if hopper(card, shape) {
-        return variant("attention_hopper", shape, room, &[]);
+        return hopper_variant("FORWARD", shape, room);
     }
     variant("attention", shape, room, &forward_sizes(shape.head_dim))
 }
 
 /// The portable kernels; the first of them serves every card.
 fn backward_variant(shape: &AttentionShape, tiles: BackwardTiles, room: Room) -> Variant {
-    variant("attention_backward", shape, room, &tiles.sizes())
+    variant("attention", shape, room, &tiles.sizes())
 }
 
-/// Macros of `attention.cu` for heads of so many dimensions.
+/// Macros of the forward kernel of `attention.cu` for heads of so many dimensions.
 pub fn forward_sizes(head_dim: usize) -> [(&'static str, usize); 3] {
     let [warps, row_tiles, block_n] = forward_tiles(head_dim);
     [("WARPS", warps), ("ROW_TILES", row_tiles), ("BLOCK_N", block_n)]
 }
 
-/// Macros of `attention_backward.cu` for heads of so many dimensions on a card of this compute capability.
+/// Macros of the backward kernels of `attention.cu` for heads of so many dimensions on a card of this compute capability.
 pub fn backward_sizes(head_dim: usize, capability: (i32, i32)) -> [(&'static str, usize); 5] {
     BackwardTiles::of(head_dim, shared_bytes(capability)).sizes()
 }
