@@ -8,7 +8,8 @@
 //! template   the directives in shader files
 //! rate       how fast an adapter multiplies, for `tune doctor`
 //! tuning     which kernel, by measurement
-//! session    buffers, pipelines and launches on an open device
+//! memory     wgpu buffers, and copies to and from the host
+//! session    pipelines and launches on an open device
 //! ```
 //!
 //! The shaders are in `shaders/`, one file an operation, each with its formula.
@@ -19,6 +20,7 @@ mod cache;
 mod emulated;
 mod kernel;
 mod lower;
+mod memory;
 mod quantized;
 mod rate;
 mod session;

@@ -9,14 +9,12 @@ use rayon::prelude::*;
 use super::adapter::{Compiled, ENGINE, Gpu, Options};
 use super::kernel::Kernel;
 use super::lower::{Choices, Dispatch, Facts, Lowering, Question};
-use super::storage::{Cut, Place, Slab, Storage, View};
+use super::memory::{Memory, Pieces, TRANSFER_BYTES};
+use super::storage::{Cut, Slab, Storage, View};
 use super::tuning::Measurement;
 use super::{cache, quantized, tables, tuning, upload};
 use crate::backend::{EngineError, Session, WeightSource};
 use crate::program::{BufferId, DType, Kind, Plan};
-
-/// Bytes that are copied to or from the host at once.
-const TRANSFER_BYTES: u64 = 64 << 20;
 
 /// Uploads in flight are waited for after this many bytes: staging memory holds them until then.
 const UPLOAD_BYTES: u64 = 256 << 20;
@@ -40,7 +38,6 @@ pub struct WgpuSession {
     memory: Memory,
     compiled: Vec<Arc<Compiled>>,
     programs: Vec<Prepared>,
-    staging: Option<wgpu::Buffer>,
     choices: Choices,
     measurements: Vec<Measurement>,
     allocated: u64,
@@ -50,21 +47,6 @@ pub struct WgpuSession {
     offsets: Vec<u64>,
     scales_gradients: bool,
     notice: Option<String>,
-}
-
-pub(super) struct Memory {
-    segments: Vec<wgpu::Buffer>,
-    slabs: Vec<Pieces>,
-    scratch: Option<wgpu::Buffer>,
-    unpacked: Option<wgpu::Buffer>,
-    tables: wgpu::Buffer,
-}
-
-/// A slab.
-struct Pieces {
-    /// Bytes of each but the last.
-    bytes: u64,
-    buffers: Vec<wgpu::Buffer>,
 }
 
 /// All programs as dispatches.
@@ -118,37 +100,6 @@ impl Facts {
         let persistent = plan.workload.buffers.iter().filter(|buffer| !buffer.kind.is_transient());
         let read = persistent.map(|buffer| buffer.bytes().min(TRANSFER_BYTES)).max().unwrap_or(0);
         Ok(scratch + parameters + read)
-    }
-}
-
-impl Memory {
-    /// Everything that programs write or read but the tables.
-    pub fn all(&self) -> impl Iterator<Item = &wgpu::Buffer> {
-        let slabs = self.slabs.iter().flat_map(|slab| &slab.buffers);
-        self.segments.iter().chain(slabs).chain(&self.scratch).chain(&self.unpacked)
-    }
-
-    /// The wgpu buffer that has the byte at `offset` of a place, and where in it.
-    pub fn at(&self, place: Place, offset: u64) -> (&wgpu::Buffer, u64) {
-        let whole = match place {
-            Place::Slab(index) => {
-                let slab = &self.slabs[index];
-                return (&slab.buffers[(offset / slab.bytes) as usize], offset % slab.bytes);
-            }
-            Place::Segment(index) => &self.segments[index],
-            Place::Scratch => self.scratch.as_ref().expect("allocated where a dispatch uses it"),
-            Place::Tables => &self.tables,
-            Place::Unpacked => self.unpacked.as_ref().expect("allocated where a dispatch uses it"),
-        };
-        (whole, offset)
-    }
-
-    /// Bytes from `offset` on that lie in one wgpu buffer, at most `bytes`.
-    fn together(&self, place: Place, offset: u64, bytes: u64) -> u64 {
-        match place {
-            Place::Slab(index) => bytes.min(self.slabs[index].bytes - offset % self.slabs[index].bytes),
-            _ => bytes,
-        }
     }
 }
 
@@ -240,6 +191,7 @@ impl WgpuSession {
             slabs: storage.slabs.iter().map(&mut pieces).collect::<Result<_, _>>()?,
             scratch: None,
             unpacked,
+            staging: None,
         };
         let mut measurements = Vec::new();
         if !lowered.questions.is_empty() {
@@ -291,7 +243,6 @@ impl WgpuSession {
             memory,
             compiled,
             programs,
-            staging: None,
             choices: used,
             measurements,
             allocated,
@@ -331,7 +282,7 @@ impl WgpuSession {
             if let Some(cut) = self.storage.cut(view.place).filter(|_| view.dtype.is_quantized()) {
                 bytes = quantized::cut(&bytes, view.dtype, [view.rows, view.stride], cut.rows).into();
             }
-            self.upload(view.place, view.offset, &bytes)?;
+            self.memory.upload(&self.gpu, view.place, view.offset, &bytes)?;
             waiting += bytes.len() as u64;
             if waiting > UPLOAD_BYTES {
                 self.gpu.queue.submit([]);
@@ -341,71 +292,10 @@ impl WgpuSession {
         }
         for (id, values) in &self.plan.workload.constants {
             let view = self.storage.view(*id);
-            self.upload(view.place, view.offset, bytemuck::cast_slice(values))?;
+            self.memory.upload(&self.gpu, view.place, view.offset, bytemuck::cast_slice(values))?;
         }
         self.gpu.queue.submit([]);
         self.gpu.wait()
-    }
-
-    /// Copies bytes to a place; a length that is no multiple of 4 is padded (entries have room for it).
-    fn upload(&self, place: Place, offset: u64, bytes: &[u8]) -> Result<(), EngineError> {
-        let whole = bytes.len() / 4 * 4;
-        let mut first = 0;
-        while first < whole {
-            let at = offset + first as u64;
-            let count = self.memory.together(place, at, TRANSFER_BYTES.min((whole - first) as u64)) as usize;
-            let (buffer, start) = self.memory.at(place, at);
-            self.gpu.queue.write_buffer(buffer, start, &bytes[first..first + count]);
-            first += count;
-        }
-        if whole < bytes.len() {
-            let mut last = [0; 4];
-            last[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
-            let (buffer, start) = self.memory.at(place, offset + whole as u64);
-            self.gpu.queue.write_buffer(buffer, start, &last);
-        }
-        self.gpu.failure.check()
-    }
-
-    /// Copies from a place, after all work so far, through memory that the host reads.
-    fn download(&mut self, name: &str, place: Place, offset: u64, bytes: &mut [u8]) -> Result<(), EngineError> {
-        let failed = |what: String| EngineError::Device { engine: ENGINE, what: format!("reading {name}: {what}") };
-        let transfer = TRANSFER_BYTES.min(self.facts.limits.buffer);
-        let wanted = transfer.min((bytes.len() as u64).next_multiple_of(256));
-        let staging = match self.staging.take().filter(|staging| staging.size() >= wanted) {
-            Some(staging) => staging,
-            None => self.gpu.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("read"),
-                size: wanted,
-                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            }),
-        };
-        let mut first = 0;
-        while first < bytes.len() {
-            let at = offset + first as u64;
-            let count = self.memory.together(place, at, transfer.min((bytes.len() - first) as u64));
-            let size = count.next_multiple_of(4);
-            let (buffer, start) = self.memory.at(place, at);
-            let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            encoder.copy_buffer_to_buffer(buffer, start, &staging, 0, size);
-            self.gpu.queue.submit([encoder.finish()]);
-            let slice = staging.slice(..size);
-            let (sender, receiver) = std::sync::mpsc::channel();
-            slice.map_async(wgpu::MapMode::Read, move |result| {
-                let _ = sender.send(result);
-            });
-            self.gpu.wait()?;
-            receiver.recv().map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;
-            {
-                let mapped = slice.get_mapped_range().map_err(|error| failed(error.to_string()))?;
-                bytes[first..][..count as usize].copy_from_slice(&mapped[..count as usize]);
-            }
-            staging.unmap();
-            first += count as usize;
-        }
-        self.staging = Some(staging);
-        Ok(())
     }
 
     /// How a tensor is cut whose pieces have some columns each; rows lie as they do in the whole.
@@ -443,7 +333,7 @@ impl Session for WgpuSession {
         if let Some(cut) = self.cut_by_columns(&view) {
             bytes = cut.arranged(view.dtype, [view.rows, view.stride], &bytes).into();
         }
-        self.upload(view.place, view.offset, &bytes)
+        self.memory.upload(&self.gpu, view.place, view.offset, &bytes)
     }
 
     fn read(&mut self, buffer: BufferId, bytes: &mut [u8]) -> Result<(), EngineError> {
@@ -452,16 +342,16 @@ impl Session for WgpuSession {
         let (name, from, to, shape) = (entry.name.clone(), view.dtype, entry.dtype, entry.shape.clone());
         if let Some(cut) = self.cut_by_columns(&view) {
             let mut pieces = vec![0; view.stride.div_ceil(cut.columns) * cut.bytes as usize];
-            self.download(&name, view.place, view.offset, &mut pieces)?;
+            self.memory.download(&self.gpu, &name, view.place, view.offset, &mut pieces)?;
             let held = cut.gathered(from, [view.rows, view.stride], &pieces);
             bytes.copy_from_slice(&upload::converted(&name, from, to, &shape, &held)?);
             return Ok(());
         }
         if from == to {
-            return self.download(&name, view.place, view.offset, bytes);
+            return self.memory.download(&self.gpu, &name, view.place, view.offset, bytes);
         }
         let mut held = vec![0; from.bytes(&shape) as usize];
-        self.download(&name, view.place, view.offset, &mut held)?;
+        self.memory.download(&self.gpu, &name, view.place, view.offset, &mut held)?;
         bytes.copy_from_slice(&upload::converted(&name, from, to, &shape, &held)?);
         Ok(())
     }
