@@ -94,7 +94,7 @@ pub fn candidates(device: &str, precision: &str) -> Result<Vec<Found>, EngineErr
             Err(cuda) if matches!(precision, "bf16" | "fp8") => unsupported("cuda", cuda),
             Err(cuda) => match find_wgpu("wgpu", precision, &format!("a graphics adapter is there; {cuda}")) {
                 Ok(found) => Ok(found),
-                Err(wgpu) => find_cpu(precision, format!("{cuda}; {wgpu}")),
+                Err(wgpu) => find_cpu(precision, format!("{cuda}; {}", wgpu.reason())),
             },
         },
         "cpu" => find_cpu(precision, "asked for".into()),
@@ -117,7 +117,7 @@ fn find_cuda(precision: &str) -> Result<Vec<Found>, String> {
     if !computes_on_cuda(precision) {
         return Err(format!("precision {precision} was asked for, which CUDA does not compute in"));
     }
-    let cards = cuda::cards().map_err(|error| error.to_string())?;
+    let cards = cuda::cards().map_err(|error| error.reason())?;
     if cards.is_empty() {
         return Err("no NVIDIA card was found".into());
     }
@@ -125,7 +125,7 @@ fn find_cuda(precision: &str) -> Result<Vec<Found>, String> {
     for card in &cards {
         match cuda_on(card.ordinal, precision, "an NVIDIA card is there".into()) {
             Ok(found) => usable.push(found),
-            Err(error) => why = format!("{} cannot be used: {error}", card.name),
+            Err(error) => why = format!("{} cannot be used: {}", card.name, error.reason()),
         }
     }
     if usable.is_empty() {

@@ -29,6 +29,16 @@ pub enum EngineError {
     Weight { name: String, what: String },
 }
 
+impl EngineError {
+    /// What it says beside the engine that says it, for a sentence that names the device.
+    pub fn reason(&self) -> String {
+        match self {
+            EngineError::Unsupported { what, .. } => what.clone(),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// A tensor as it lies in the checkpoint.
 pub struct Tensor<'a> {
     pub dtype: DType,

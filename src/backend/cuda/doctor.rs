@@ -63,7 +63,7 @@ pub fn doctor() -> Report {
                         any = true;
                         findings.push(Finding::found(name, detail));
                     }
-                    Err(error) => findings.push(Finding::absent(name, detail, error.to_string())),
+                    Err(error) => findings.push(Finding::absent(name, detail, error.reason())),
                 }
             }
             usable &= any;
@@ -114,7 +114,8 @@ fn useless() -> Option<String> {
     if let Some(what) = super::driver::too_old() {
         return Some(format!("{what}: update NVIDIA's driver, or use --device wgpu"));
     }
-    let words = |card: &super::CardFacts| Some(format!("{}: {}", card.name, architecture(card.architecture).err()?));
+    let words =
+        |card: &super::CardFacts| Some(format!("{}: {}", card.name, architecture(card.architecture).err()?.reason()));
     let too_old: Option<Vec<String>> = cards.iter().map(words).collect();
     Some(too_old?.join("; "))
 }

@@ -205,8 +205,9 @@ pub fn own_folder() -> Option<PathBuf> {
 
 /// Where `tune doctor --fix` has put libraries: each package has a folder of its own, for two that share one overwrite each other.
 fn own_folders() -> Vec<PathBuf> {
-    let packages = own_folder().map(|own| list(own, "")).unwrap_or_default();
-    packages.iter().flat_map(|package| package_folders(package)).collect()
+    let Some(own) = own_folder() else { return Vec::new() };
+    // Once they had one together.
+    list(&own, "").iter().chain([&own]).flat_map(|package| package_folders(package)).collect()
 }
 
 /// Whether a library's file is where `tune doctor --fix` puts it.
