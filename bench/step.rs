@@ -24,7 +24,7 @@ use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOption
 use tune::program::plan::{estimate_op, plan};
 use tune::program::{BufferId, DType, Kind, Op, Plan, Role, Target, WorkloadBuilder, random};
 use tune::train::Stepper;
-use tune::train::planning::{RecomputeChoice, Search, update_tokens};
+use tune::train::planning::{Search, update_tokens};
 
 /// Uniform bf16 numbers, one stretch of memory for all tensors; norms are ones.
 struct Noise {
@@ -275,20 +275,7 @@ fn search(
     longest_row: usize,
     update_tokens: usize,
 ) -> anyhow::Result<Plan> {
-    let recompute = RecomputeChoice::Auto;
-    let (target, device_memory, host_optimizer, facts) = (target.clone(), None, None, None);
-    let search = Search {
-        config,
-        options,
-        target,
-        device_memory,
-        facts,
-        longest_row,
-        update_tokens,
-        recompute,
-        host_optimizer,
-        truncates: true,
-    };
+    let search = Search::new(config, options, target.clone(), longest_row, update_tokens);
     let (plan, choice) = search.run()?;
     println!("{}", serde_json::to_string(&choice)?);
     Ok(plan)

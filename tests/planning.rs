@@ -6,7 +6,7 @@ use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOption
 use tune::program::plan::{PlanError, plan};
 use tune::program::{BufferId, DType, Kind, Plan, Role, Target};
 use tune::train::checkpoint::PlanChoice;
-use tune::train::planning::{PlanningError, RecomputeChoice, Search};
+use tune::train::planning::{PlanningError, Search};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -62,22 +62,7 @@ fn search(
     batch: usize,
     target: &Target,
 ) -> Result<(Plan, PlanChoice), PlanningError> {
-    let options = options(method);
-    let (longest_row, update_tokens) = (row, row * batch);
-    let recompute = RecomputeChoice::Auto;
-    let (target, device_memory, host_optimizer, facts) = (target.clone(), None, None, None);
-    let search = Search {
-        config,
-        options,
-        target,
-        device_memory,
-        facts,
-        longest_row,
-        update_tokens,
-        recompute,
-        host_optimizer,
-        truncates: true,
-    };
+    let search = Search::new(config, options(method), target.clone(), row, row * batch);
     let (result, target) = (search.run(), &search.target);
     match &result {
         Ok((plan, choice)) => println!(
@@ -124,22 +109,7 @@ fn the_longest_rows_fit() {
 fn full_fine_tuning_of_8b_fits_48_gb() {
     for host_optimizer in [Some(true), None] {
         let (config, target) = (config("llama-3.1-8b"), card("A6000"));
-        let (longest_row, update_tokens, recompute) = (2048, 4096, RecomputeChoice::Auto);
-        let options = options(Method::Full);
-        let (device_memory, facts) = (None, None);
-        let config = &config;
-        let search = Search {
-            config,
-            options,
-            target,
-            device_memory,
-            facts,
-            longest_row,
-            update_tokens,
-            recompute,
-            host_optimizer,
-            truncates: true,
-        };
+        let search = Search { host_optimizer, ..Search::new(&config, options(Method::Full), target, 2048, 4096) };
         let (plan, choice) = search.run().expect("8B in 48 GB");
         let target = &search.target;
         println!("{:.2} GiB, {choice:?}", plan.summary.peak_bytes as f64 / GIB);

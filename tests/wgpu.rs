@@ -14,7 +14,7 @@ use tune::model::{
 };
 use tune::program::plan::{PlanError, plan};
 use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, random};
-use tune::train::planning::{PlanningError, RecomputeChoice, Search};
+use tune::train::planning::{PlanningError, Search};
 
 const TOKENS: usize = 72;
 
@@ -257,17 +257,10 @@ fn tensors_above_every_limit_are_cut() {
 fn the_plan_knows_what_a_session_takes_and_what_it_is_refused() {
     let options = software(true);
     let model = tiny("llama");
-    let search = |config, longest_row| Search {
-        config,
-        options: training_options(lora(0.0)),
-        target: wgpu::target(&options).expect("a target"),
-        device_memory: None,
-        facts: Some(wgpu::facts(&options).expect("facts")),
-        longest_row,
-        update_tokens: longest_row,
-        recompute: RecomputeChoice::Auto,
-        host_optimizer: None,
-        truncates: true,
+    let search = |config, longest_row| {
+        let target = wgpu::target(&options).expect("a target");
+        let facts = Some(wgpu::facts(&options).expect("facts"));
+        Search { facts, ..Search::new(config, training_options(lora(0.0)), target, longest_row, longest_row) }
     };
     let (plan, _) = search(&model.config, 200).run().expect("a plan");
     let peak = plan.summary.peak_bytes;

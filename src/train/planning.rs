@@ -92,6 +92,30 @@ pub enum RecomputeChoice {
     All,
 }
 
+impl<'a> Search<'a> {
+    /// A search in which a run file asks for nothing in particular, on all of the target's memory.
+    pub fn new(
+        config: &'a ModelConfig,
+        options: TrainingOptions,
+        target: Target,
+        longest_row: usize,
+        update_tokens: usize,
+    ) -> Self {
+        Self {
+            config,
+            options,
+            target,
+            device_memory: None,
+            facts: None,
+            longest_row,
+            update_tokens,
+            recompute: RecomputeChoice::Auto,
+            host_optimizer: None,
+            truncates: true,
+        }
+    }
+}
+
 impl Search<'_> {
     /// The fastest plan that fits: among the largest micro-batch sizes worth having, each with as little recomputation
     /// as fits, the one with the shortest estimated time a token.

@@ -198,16 +198,12 @@ pub fn search<'a>(
         target.memory = Some(target.memory.map_or(budget, |free| free.min(budget)));
     }
     Ok(Search {
-        config,
-        options,
-        target,
         device_memory,
         facts,
-        longest_row,
-        update_tokens,
         recompute,
         host_optimizer,
         truncates,
+        ..Search::new(config, options, target, longest_row, update_tokens)
     })
 }
 
