@@ -282,10 +282,16 @@ fn check(options: &wgpu::Options) -> anyhow::Result<()> {
         ("large 512x1024", Layer { tokens: 512, k: 1024, widths: &[1024, 1024], rank: 16, weight: DType::BF16 }),
         ("ragged 200x100", Layer { tokens: 200, k: 100, widths: &[84], rank: 8, weight: DType::BF16 }),
         ("plain 2048x512", Layer { tokens: 2048, k: 512, widths: &[2048], rank: 0, weight: DType::BF16 }),
+        ("nf4 512x1024", Layer { tokens: 512, k: 1024, widths: &[1024, 256], rank: 16, weight: DType::Nf4 }),
+        ("nf4 300x576", Layer { tokens: 300, k: 576, widths: &[192], rank: 0, weight: DType::Nf4 }),
+        ("int8 512x320", Layer { tokens: 512, k: 320, widths: &[448], rank: 8, weight: DType::Int8 }),
     ];
     for (name, layer) in layers {
         good &= compare(name, options, (1, 0.5), |builder, target| vec![linear(builder, target, layer, true, false)])?;
         good &= compare(name, options, (1, 0.5), |builder, target| vec![linear(builder, target, layer, false, false)])?;
+        if layer.weight.is_quantized() {
+            continue;
+        }
         good &= compare(name, options, (1, 0.5), |builder, target| vec![linear(builder, target, layer, false, true)])?;
     }
     // All below 2^-14: halves without a leading 1, which some ways of reading them flush to 0.
@@ -363,7 +369,9 @@ fn trace(session: &wgpu::WgpuSession) {
 }
 
 fn products(options: &wgpu::Options, rows: &[&str]) -> anyhow::Result<()> {
-    println!("tokens x K x N, rank, weight: forward (NT), gradient of the input (NN), of the weight (TN), TFLOP/s");
+    println!(
+        "tokens x K x N, rank, weight: forward (NT; quantized NN), gradient of the input (NN), of the weight (TN), TFLOP/s"
+    );
     for (row, tokens, k, n, rank, weight) in [
         ("square", 4096, 4096, 4096, 0, DType::BF16),
         ("long", 4096, 4096, 14336, 0, DType::BF16),

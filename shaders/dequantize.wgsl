@@ -4,6 +4,7 @@
 // element in the upper half of its byte. Scales are offset + map[code] · group scale, 256 to a group (double quantization).
 // INT8: code · scale of the row.
 //
+//   TRANSPOSED  output[k, n] of a weight [n, k] instead, in f16 as words of two; rows and columns are multiples of 64
 //   EIGHTS  everything is in eights, of which a thread takes four at once; WORDS  the output is f16, written as words of two
 //
 // A scale of NF4 takes two reads, one of which waits for the other: in eights a group of threads reads those of its 8,192 elements
@@ -36,6 +37,57 @@ fn code(word: u32, shift: u32) -> f32 {
 #end
 }
 
+#if TRANSPOSED
+// 64 columns of 32 pairs of rows; a word more in a row, against bank conflicts.
+var<workgroup> pairs: array<u32, 64u * 33u>;
+
+// A pair of rows side by side, eight columns of them from `column` on.
+fn put_pairs(column: u32, pair: u32, low: array<vec4<f32>, 2>, high: array<vec4<f32>, 2>) {
+#for h 2
+#for j 4
+  pairs[(column + {h}u * 4u + {j}u) * 33u + pair] = pack2x16float(vec2<f32>(low[{h}][{j}], high[{h}][{j}]));
+#end
+#end
+}
+
+#if INT8
+fn eight(element: u32, s: f32) -> array<vec4<f32>, 2> {
+  let v = weight_get(element / 4u);
+  let w = weight_get(element / 4u + 1u);
+  return array<vec4<f32>, 2>(s * vec4<f32>(code(v, 0u), code(v, 8u), code(v, 16u), code(v, 24u)),
+                             s * vec4<f32>(code(w, 0u), code(w, 8u), code(w, 16u), code(w, 24u)));
+}
+#else
+fn eight(element: u32, s: f32) -> array<vec4<f32>, 2> {
+  let w = weight_get(element / 8u);
+  return array<vec4<f32>, 2>(s * vec4<f32>(code(w, 4u), code(w, 0u), code(w, 12u), code(w, 8u)),
+                             s * vec4<f32>(code(w, 20u), code(w, 16u), code(w, 28u), code(w, 24u)));
+}
+#end
+
+// A tile of 64 rows, each of which has one scale of NF4 there, by 64 columns.
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+#if !INT8
+  if (thread < 16u) { level[thread] = table_get(512u + thread); }
+  workgroupBarrier();
+#end
+  let column = thread % 8u * 8u;
+  let pair = thread / 8u;
+  let element = p.first + (group.y * 64u + 2u * pair) * p.columns + group.x * 64u + column;
+  let next = element + p.columns;
+  put_pairs(column, pair, eight(element, scale(element)), eight(next, scale(next)));
+  workgroupBarrier();
+#for r 2
+  {
+    let row = pair + {r}u * 32u;
+    let at = row * 33u + thread % 8u * 4u;
+    output[((group.x * 64u + row) * p.rows + group.y * 64u) / 8u + thread % 8u] =
+      vec4<u32>(pairs[at], pairs[at + 1u], pairs[at + 2u], pairs[at + 3u]);
+  }
+#end
+}
+#else
 #if EIGHTS
 fn put8(i: u32, low: vec4<f32>, high: vec4<f32>) {
 #if WORDS
@@ -119,3 +171,4 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   }
 #end
 }
+#end

@@ -2,7 +2,7 @@
 //
 //   A_BY_K  A is stored [m, k]; else [k, m] and used transposed
 //   B_BY_K  B is stored [n, k] (a weight used transposed); else [k, n]
-//   SECOND  the sum goes on over a second pair in the same layouts, A2 times B2 of depth k2 (the LoRA branch)
+//   SECOND  the sum goes on over a second pair, A2 [m, k2] times B2 (the LoRA branch); B2_BY_K  B2 is stored [n, k2]
 //   SEGMENTED  columns n (SEGMENT_ROWS: rows m) belong to projections that lie side by side, with LoRA columns
 //              of their own: the projection's number times `rank` is added to the column of A2 (of B)
 //   SPLIT   each z of the grid sums a part of k into its own layer of C, to be added by partial_sum
@@ -135,7 +135,7 @@ fn a2_block(m: u32, k: u32, extra: u32) -> mat4x4<f32> {
 }
 fn b2_value(n: u32, k: u32) -> f32 {
   if (k >= p.k2) { return 0.0; }
-#if B_BY_K
+#if B2_BY_K
   return b2_get(min(n, p.n - 1u) * p.b2_stride + p.b2_start + k);
 #else
   return b2_get(k * p.b2_stride + p.b2_start + min(n, p.n - 1u));

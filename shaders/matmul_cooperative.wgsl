@@ -1,5 +1,5 @@
 // matmul.wgsl on cooperative matrices: C = alpha · op(A) · op(B) + bias (+ C), f16 times f16 summed in f32 (for what
-// A_BY_K, B_BY_K, SECOND, SEGMENTED and SPLIT mean see there).
+// A_BY_K, B_BY_K, SECOND, B2_BY_K, SEGMENTED and SPLIT mean see there).
 //
 // A tile of BM x BN belongs to SM x SN subgroups of 32 threads, each with FM x FN fragments of 16 x 16. Tiles keep
 // the order in which their matrix is stored, rows padded by 8 halves against bank conflicts; what changes is how a
@@ -163,7 +163,12 @@ fn b2_cell(i: u32, column0: u32, k0: u32) -> Cell {
   let k = k0 + i / (BN / CELL);
   let column = min(column0 + (i % (BN / CELL)) * CELL, p.n - CELL);
   if (k >= p.k2) { return Cell(); }
+#if B2_BY_K
+  let at = column * p.b2_stride + p.b2_start + k;
+  return Cell(vec4<f32>(b2_get(at), b2_get(at + p.b2_stride), b2_get(at + 2u * p.b2_stride), b2_get(at + 3u * p.b2_stride)));
+#else
   return b2_get4h(k * p.b2_stride + p.b2_start + column);
+#end
 #end
 }
 fn second_stage(i: u32, row0: u32, column0: u32, k0: u32, extra: u32) {

@@ -134,7 +134,7 @@ mod tests {
     use super::super::session::WgpuSession;
     use super::super::tuning::{Measurement, Verdict};
     use super::super::{Options, adapters, target};
-    use crate::backend::{EngineError, Tensor, WeightSource};
+    use crate::backend::{EngineError, Session, Tensor, WeightSource};
     use crate::program::{
         AttentionShape, Columns, DType, Kind, Lora, Op, Projection, ProjectionBackward, Role, WorkloadBuilder, plan,
     };
@@ -150,6 +150,23 @@ mod tests {
     }
 
     const SIZE: usize = 128;
+
+    /// A weight of this shape, uniform within one half of zero.
+    struct Noise([usize; 2]);
+
+    fn noise(i: usize) -> f32 {
+        crate::program::random::uniform([1, 2, 3, 4], 5, i as u32, 0) - 0.5
+    }
+
+    impl WeightSource for Noise {
+        fn tensor(&self, _: &str) -> Result<Tensor<'_>, EngineError> {
+            static VALUES: std::sync::OnceLock<Vec<f32>> = std::sync::OnceLock::new();
+            let values = VALUES.get_or_init(|| (0..1 << 16).map(noise).collect());
+            let [rows, columns] = self.0;
+            let bytes = bytemuck::cast_slice(&values[..rows * columns]);
+            Ok(Tensor { dtype: DType::F32, shape: self.0.to_vec(), bytes })
+        }
+    }
 
     /// What is measured of every candidate for the operations of a program.
     fn candidates(write: impl Fn(&mut WorkloadBuilder) -> Vec<Op>) -> Vec<Measurement> {
@@ -237,6 +254,57 @@ mod tests {
             assert!(found.iter().any(|found| format!("{} {}", found.key, found.candidate).contains(part)), "no {part}");
         }
     }
+
+    /// A quantized weight goes through cooperative matrices the other way round, with and without a branch beside it.
+    #[test]
+    fn an_unpacked_weight_is_worth_the_same_the_other_way_round() {
+        let (tokens, n, k, rank) = (64, 192, 128, 16);
+        for (dtype, branch) in [(DType::Nf4, true), (DType::Nf4, false), (DType::Int8, true)] {
+            let mut outputs = Vec::new();
+            for cooperative in [false, true] {
+                let software = adapters().iter().find(|adapter| adapter.software).map(|adapter| adapter.index);
+                let options = Options { adapter: software, compute: Some(DType::F16), portable: false, narrow: None };
+                let mut builder = WorkloadBuilder::new();
+                let mut buffer = |name: &str, shape: [usize; 2], dtype, kind| {
+                    (builder.persistent(name, &shape, dtype, kind), shape[0] * shape[1])
+                };
+                let half = [("input", [tokens, k]), ("a", [rank, k]), ("b", [n, rank])];
+                let filled = half.map(|(name, shape)| buffer(name, shape, DType::F16, Kind::Output));
+                let (output, elements) = buffer("output", [tokens, n], DType::F16, Kind::Output);
+                let (middle, _) = buffer("middle", [tokens, rank], DType::F16, Kind::Output);
+                let (weight, _) = buffer("weight", [n, k], dtype, Kind::Weight);
+                let scale = builder.persistent("scale", &[1], DType::F32, Kind::Scalar);
+                let columns = |buffer, width| Columns { buffer, start: 0, width };
+                let [(input, _), (a, _), (b, _)] = filled;
+                let lora = branch.then_some(Lora { a, b, middle: columns(middle, rank), scale, dropout: None });
+                let projection = Projection { weight, bias: None, output: columns(output, n), lora };
+                builder.begin("linear", Role::Evaluate, 0);
+                builder.push("linear", Op::Linear { input, projections: vec![projection] });
+                builder.end();
+                let plan = plan::plan(builder.finish(), target(&options).expect("a target")).expect("a plan");
+                let mut gpu = Gpu::open(&options).expect("opens");
+                (gpu.cooperative, gpu.emulates) = (cooperative, cooperative);
+                let source = Arc::new(Noise([n, k]));
+                let session = WgpuSession::open_on(Arc::new(gpu), plan, source, Choices::new(), false);
+                let mut session = session.expect("opens");
+                for (id, count) in filled {
+                    let values: Vec<half::f16> =
+                        (0..count).map(|i| half::f16::from_f32(noise(i + 1000 * id.0 as usize))).collect();
+                    session.write(id, bytemuck::cast_slice(&values)).expect("written");
+                }
+                session.write(scale, bytemuck::cast_slice(&[2.0f32])).expect("written");
+                session.run(0).expect("runs");
+                let mut found = vec![half::f16::ZERO; elements];
+                session.read(output, bytemuck::cast_slice_mut(&mut found)).expect("read");
+                outputs.push(found.into_iter().map(half::f16::to_f32).collect::<Vec<f32>>());
+            }
+            let size = outputs[0].iter().fold(0.0f32, |size, value| size.max(value.abs()));
+            assert!(size > 1.0, "{size}");
+            let apart = outputs[0].iter().zip(&outputs[1]).fold(0.0f32, |apart, (a, b)| apart.max((a - b).abs()));
+            assert!(apart < 4e-3 * size, "{} with a branch {branch}: {apart} of {size}", dtype.name());
+        }
+    }
+
     #[test]
     fn sums_by_subgroups_agree_with_those_by_halves() {
         let found = candidates(|builder| {

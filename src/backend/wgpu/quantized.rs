@@ -1,12 +1,15 @@
 //! Quantized weights: how they lie in device memory, and the dispatch that unpacks them.
 
 use super::kernel::Element;
-use super::lower::Lowering;
+use super::lower::{Call, Lowering};
 use super::storage::{Place, View};
 use super::tables;
 use crate::backend::quantized::{self, Parts};
 use crate::backend::{EngineError, Tensor};
 use crate::program::DType;
+
+/// Rows and columns that a group of threads unpacks the other way round.
+const TRANSPOSED: usize = 64;
 
 /// Every part starts at a word.
 const ALIGNMENT: u64 = 4;
@@ -72,43 +75,72 @@ pub fn quantize(name: &str, tensor: &Tensor<'_>, to: DType) -> Result<Vec<u8>, E
 impl Lowering<'_> {
     /// Unpacks the rows of a quantized weight that a view names, in the compute type.
     pub(super) fn dequantize(&mut self, weight: &View) -> Result<View, EngineError> {
-        let (mut rows, columns) = self.whole(weight);
-        let (mut place_offset, mut first) = (weight.offset, weight.start);
-        if let Some(cut) = self.cut(weight) {
-            let piece = weight.start / columns / cut.rows;
-            rows = cut.rows.min(rows - piece * cut.rows);
-            place_offset += piece as u64 * cut.bytes;
-            first -= piece * cut.rows * columns;
-        }
-        let parts = parts(weight.dtype, rows, columns);
-        let dtype = self.unpacked_type();
-        let place = Place::Unpacked;
-        let unpacked = View { place, offset: 0, dtype, rows: weight.rows, stride: columns, start: 0, width: columns };
-        self.reserve_unpacked(&unpacked);
-        let all = (parts.end / 4) as usize;
-        let tensor =
-            View { offset: place_offset, dtype: DType::U32, rows: 1, stride: all, start: 0, width: all, ..*weight };
-        let mut call = self.call("dequantize");
-        self.bind(&mut call, "weight", &tensor);
+        let columns = weight.width;
+        let unpacked = self.scratch_for(weight.rows, columns);
+        let (mut call, first) = self.unpacking(weight);
         let count = weight.rows * columns;
         let eights = [first, count, columns].iter().all(|number| number.is_multiple_of(8));
-        let words = eights && dtype == DType::F16;
+        let words = eights && unpacked.dtype == DType::F16;
         if words {
             self.bind_element(&mut call, "output", &unpacked, Element::F16Words, 16);
         } else {
             self.bind_as(&mut call, "output", &unpacked, eights);
         }
-        call.flag("EIGHTS", eights).flag("WORDS", words);
+        call.flag("EIGHTS", eights).flag("WORDS", words).number("count", count);
+        let each = if eights { 4 * 2048 } else { 256 };
+        self.launch(call, [count.div_ceil(each).min(16384), 1, 1]).map(|()| unpacked)
+    }
+
+    /// Whether a weight can be unpacked `[K, N]`: quantized, to f16, in whole tiles.
+    pub(super) fn transposes(&self, weight: &View) -> bool {
+        weight.dtype.is_quantized()
+            && self.unpacked_type() == DType::F16
+            && [weight.rows, weight.width].iter().all(|count| count.is_multiple_of(TRANSPOSED))
+    }
+
+    /// Where [`Lowering::dequantize_transposed`] unpacks to.
+    pub(super) fn transposed(&mut self, weight: &View) -> View {
+        self.scratch_for(weight.width, weight.rows)
+    }
+
+    /// Unpacks the rows of a quantized weight that a view names as the columns of `unpacked`.
+    pub(super) fn dequantize_transposed(&mut self, weight: &View, unpacked: &View) -> Result<(), EngineError> {
+        let (mut call, _) = self.unpacking(weight);
+        self.bind_element(&mut call, "output", unpacked, Element::F16Words, 16);
+        call.flag("TRANSPOSED", true).number("rows", weight.rows);
+        self.launch(call, [weight.width / TRANSPOSED, weight.rows / TRANSPOSED, 1])
+    }
+
+    fn scratch_for(&mut self, rows: usize, columns: usize) -> View {
+        let (place, dtype) = (Place::Unpacked, self.unpacked_type());
+        let unpacked = View { place, offset: 0, dtype, rows, stride: columns, start: 0, width: columns };
+        self.reserve_unpacked(&unpacked);
+        unpacked
+    }
+
+    /// A launch of `dequantize` with the weight bound, and the weight's first element in the piece that it lies in.
+    fn unpacking(&self, weight: &View) -> (Call, usize) {
+        let (mut rows, columns) = self.whole(weight);
+        let (mut offset, mut first) = (weight.offset, weight.start);
+        if let Some(cut) = self.cut(weight) {
+            let piece = weight.start / columns / cut.rows;
+            rows = cut.rows.min(rows - piece * cut.rows);
+            offset += piece as u64 * cut.bytes;
+            first -= piece * cut.rows * columns;
+        }
+        let parts = parts(weight.dtype, rows, columns);
+        let all = (parts.end / 4) as usize;
+        let tensor = View { offset, dtype: DType::U32, rows: 1, stride: all, start: 0, width: all, ..*weight };
+        let mut call = self.call("dequantize");
+        self.bind(&mut call, "weight", &tensor);
         if weight.dtype == DType::Int8 {
             call.constant("INT8", 1);
         } else {
             self.bind(&mut call, "table", &tables::view());
         }
-        call.number("first", first).number("count", count).number("columns", columns);
-        call.number("scales", (parts.scales / 4) as usize).number("group_scales", (parts.group_scales / 4) as usize);
-        call.number("offset", (parts.offset / 4) as usize);
-        let each = if eights { 4 * 2048 } else { 256 };
-        self.launch(call, [count.div_ceil(each).min(16384), 1, 1]).map(|()| unpacked)
+        call.number("first", first).number("columns", columns).number("scales", (parts.scales / 4) as usize);
+        call.number("group_scales", (parts.group_scales / 4) as usize).number("offset", (parts.offset / 4) as usize);
+        (call, first)
     }
 }
 

@@ -26,8 +26,8 @@ const SAMPLE: u64 = 1 << 20;
 /// Seconds that a measurement should take.
 const MEASURED: f64 = 2e-3;
 
-/// Measurements of each candidate that is near the fastest, in turn with the others: clocks drift.
-const ROUNDS: usize = 3;
+/// Measurements of each candidate that is near the fastest, in turn with the others, every other time backwards: clocks drift.
+const ROUNDS: usize = 5;
 
 /// A candidate is near while its first run took at most this many times the fastest's, or this many seconds more.
 const NEAR: (f64, f64) = (1.5, 1e-4);
@@ -160,7 +160,7 @@ fn contest(
     };
     let fastest = verdicts.iter().map(first_run).fold(f64::INFINITY, f64::min);
     let near: Vec<(usize, f64)> = verdicts.iter().map(first_run).enumerate().collect();
-    let near: Vec<(usize, f64)> =
+    let mut near: Vec<(usize, f64)> =
         near.into_iter().filter(|entry| entry.1 <= fastest * NEAR.0 || entry.1 <= fastest + NEAR.1).collect();
     for _ in 0..ROUNDS {
         for &(index, once) in &near {
@@ -168,6 +168,7 @@ fn contest(
             let best = if let Verdict::Took(before) = verdicts[index] { took.min(before) } else { took };
             verdicts[index] = Verdict::Took(best);
         }
+        near.reverse();
     }
     let took = |index: &usize| if let Verdict::Took(took) = verdicts[*index] { took } else { f64::INFINITY };
     let chosen = (0..count).min_by(|a, b| took(a).total_cmp(&took(b))).unwrap_or(0);

@@ -154,13 +154,13 @@ impl Lowering<'_> {
                 self.product(&middle)?;
             }
             for part in run.parts(self) {
-                let weight = self.unpacked(&part.weight)?;
-                let mut product = Product::new(Layout::NT, input, weight, part.output);
+                let mut product = self.with_weight(input, &part.weight, part.output)?;
                 product.bias = part.bias;
                 product.segments = part.segments(false);
                 product.second = part.lora.as_ref().map(|lora| Second {
                     a: lora.middle,
                     b: lora.b,
+                    b_by_k: true,
                     k: lora.rank,
                     scale: Some(lora.scale),
                 });
@@ -209,7 +209,8 @@ impl Lowering<'_> {
                 product.accumulate = written;
                 written = true;
                 if let Some(lora) = run.lora.as_ref().filter(|lora| number == 0 && lora.dropout.is_none()) {
-                    product.second = Some(Second { a: lora.middle, b: lora.a, k: lora.middle.width, scale: None });
+                    let (k, b_by_k) = (lora.middle.width, false);
+                    product.second = Some(Second { a: lora.middle, b: lora.a, b_by_k, k, scale: None });
                 }
                 self.product(&product)?;
             }
@@ -300,6 +301,20 @@ impl Lowering<'_> {
             self.product(&product)?;
         }
         Ok(())
+    }
+
+    /// `output = input · weightᵀ`. On cooperative matrices a product is faster where tiles read both operands row by row of
+    /// the depth, which a quantized weight allows: it is unpacked the other way round.
+    fn with_weight(&mut self, input: View, weight: &View, output: View) -> Result<Product, EngineError> {
+        if self.transposes(weight) {
+            let transposed = self.transposed(weight);
+            let product = Product::new(Layout::NN, input, transposed, output);
+            if self.is_cooperative(&product) {
+                self.dequantize_transposed(weight, &transposed)?;
+                return Ok(product);
+            }
+        }
+        Ok(Product::new(Layout::NT, input, self.unpacked(weight)?, output))
     }
 
     /// A weight that kernels can read: itself, or unpacked into scratch.

@@ -39,11 +39,13 @@ impl Scaling {
     }
 }
 
-/// The second pair of a product, of depth `k`: `a [m, k]`, `b` in the layout of the first.
+/// The second pair of a product, of depth `k`: `a [m, k]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Second {
     pub a: View,
     pub b: View,
+    /// `b` is stored `[n, k]`; else `[k, n]`.
+    pub b_by_k: bool,
     pub k: usize,
     /// Multiplies this pair alone.
     pub scale: Option<View>,
@@ -114,6 +116,9 @@ impl Product {
         let mut key = format!("{layout:?} {m}x{n}x{k} {} {}", self.a.dtype.name(), self.c.dtype.name());
         if let Some(second) = &self.second {
             key += &format!(" second {}", second.k);
+            if second.b_by_k != (*layout == Layout::NT) {
+                key += " across";
+            }
         }
         if let Some(segments) = &self.segments {
             key += &format!(" segments {:?}", segments.starts);
@@ -355,7 +360,10 @@ impl Lowering<'_> {
         if let Some(second) = &product.second {
             call.constant("SECOND", 1);
             self.bind_as(&mut call, "a2", &second.a, tile.is_cooperative());
-            self.bind_as(&mut call, "b2", &second.b, tile.is_cooperative());
+            // Stored the other way round than the tile, it is read an element at a time.
+            let along = second.b_by_k == (product.layout == Layout::NT);
+            self.bind_as(&mut call, "b2", &second.b, tile.is_cooperative() && along);
+            call.flag("B2_BY_K", second.b_by_k);
             if let Some(scale) = &second.scale {
                 call.constant("SCALE_SECOND", 1);
                 self.bind(&mut call, "scale", scale);
@@ -513,7 +521,7 @@ impl Lowering<'_> {
     }
 
     /// Whether the product can run on cooperative matrices: f16 activations, everything in fours, no dropout.
-    fn is_cooperative(&self, product: &Product) -> bool {
+    pub(super) fn is_cooperative(&self, product: &Product) -> bool {
         let second = product.second.is_none_or(|second| {
             second.k.is_multiple_of(4)
                 && second.a.by_fours()
