@@ -384,7 +384,10 @@ fn print_profile(session: &mut cuda::CudaSession, programs: &[usize], target: &T
     for &program in programs {
         let times = session.profile(program, 3)?;
         let workload = &session.plan().workload;
-        for (step, milliseconds) in workload.programs[program].steps.iter().zip(times) {
+        for (at, (step, milliseconds)) in workload.programs[program].steps.iter().zip(times).enumerate() {
+            if session.leaves_out(program, at) {
+                continue;
+            }
             // The same place in every layer counts together.
             let place: Vec<&str> = step.name.split('.').filter(|part| part.parse::<usize>().is_err()).collect();
             let entry = table.entry(format!("{:<28} {}", step.op.name(), place.join("."))).or_default();

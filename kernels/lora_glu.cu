@@ -5,6 +5,9 @@
 //
 // Backward, the gradients of gate and up (glu.cu), and over each of them both sums of its branch (lora.cu):
 //   g = s grad b  [tokens, rank],   grad_b += s grad^T middle  [columns, rank].
+// With a READER, the branch that read the gated product, its
+//   grad_a += g^T output  [rank, columns]
+// too, for which the product is not made again, or read.
 //
 // A thread takes 16 bytes of four rows of a tile and asks for those of the next tile before this one is multiplied. Results
 // are rounded to bf16 before they are summed, as if they had been read from memory. Partial sums are added in order: the
@@ -103,12 +106,41 @@ extern "C" __global__ void __launch_bounds__(256)
     if (i < quads) store_middle(middle, stride, i, rank, 1.0f, sum_of((const float4*)partial + i, quads, parts));
 }
 
+// The branch that read the gated product.
+struct Reader {
+    const bf16* grad_middle;  // [tokens, rank]
+    i64 stride;
+    float* partial;  // [blocks of tokens, rank, columns]
+    int rank;
+};
+
+// sum += rows of g, transposed, times eight columns of a tile, from column 8 `chunk` on: [rank, tokens] [tokens, 8].
+DEVICE void add_a(float (&sum)[RANK / 16][4], u32 tile, int chunk, u32 g) {
+    int lane = threadIdx.x & 31;
+    // Unrolled it would take registers from the tiles on their way.
+#pragma unroll 1
+    for (int i = 0; i < TILE / 32; i++) {
+        u32 x[4];
+        load_matrix_x4_transposed(x, tile + swizzled(i * 32 + lane, chunk));
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int r = 0; r < RANK / 16; r++) {
+                u32 a[4];
+                int token = i * 32 + h * 16 + (lane & 7) + (lane >> 4) * 8;
+                load_matrix_x4_transposed(a, g + token * THIN_STRIDE + (2 * r + ((lane >> 3) & 1)) * 16);
+                multiply_16x8x16(sum[r], a, x[2 * h], x[2 * h + 1]);
+            }
+    }
+}
+
 // Grid: (strips of columns, blocks of TILES tiles of tokens). parts: gate and up, whose gradients may lie over gate_up.
-template <int TILES>
-DEVICE void lora_glu_backward(const Parts& parts, const bf16* grad_output, i64 grad_output_stride, const bf16* gate_up,
-                              i64 stride, int tokens) {
+template <int TILES, bool READER>
+DEVICE void lora_glu_backward(const Parts& parts, const Reader& reader, const bf16* grad_output, i64 grad_output_stride,
+                              const bf16* gate_up, i64 stride, int tokens) {
     constexpr int TOKENS = TILE * TILES;
-    u32 tiles = shared_address(shared), b_tiles = tiles + 2 * TILE_BYTES, middles = b_tiles + 2 * B_BYTES;
+    u32 tiles = shared_address(shared), b_tiles = tiles + (READER ? 3 : 2) * TILE_BYTES;
+    u32 middles = b_tiles + 2 * B_BYTES, of_reader = middles + 2 * TOKENS * THIN_STRIDE;
     // Half of the warps sum over the gradient of the gate, half over that of up.
     int warp = threadIdx.x >> 5, side = warp >> 3, group = warp & 7;
     const Part& s = parts.of[side];
@@ -136,9 +168,13 @@ DEVICE void lora_glu_backward(const Parts& parts, const bf16* grad_output, i64 g
         load_thin(middles + p * TOKENS * THIN_STRIDE, part.middle + first_token * part.middle_stride, part.middle_stride,
                   tokens - first_token, part.rank, TOKENS);
     }
+    if (READER)
+        load_thin(of_reader, reader.grad_middle + first_token * reader.stride, reader.stride, tokens - first_token,
+                  reader.rank, TOKENS);
 
     float grad_middle[TILES][RANK_TILES][4] = {};
     for (int column = first; column < end; column += TILE) {
+        float grad_a[RANK / 16][4] = {};
 #pragma unroll
         for (int p = 0; p < 2; p++) {
             const Part& part = parts.of[p];
@@ -150,7 +186,7 @@ DEVICE void lora_glu_backward(const Parts& parts, const bf16* grad_output, i64 g
         for (int t = 0; t < TILES; t++) {
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
-                u32 of_gate[4], of_up[4];
+                u32 of_gate[4], of_up[4], product[4];
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     u32 d = word(grad[i], e), g = word(gate[i], e), u = word(up[i], e);
@@ -160,12 +196,16 @@ DEVICE void lora_glu_backward(const Parts& parts, const bf16* grad_output, i64 g
                     of_gate[e] =
                         pack_bf16(low_bf16(d) * low_bf16(u) * low_slope, high_bf16(d) * high_bf16(u) * high_slope);
                     of_up[e] = pack_bf16(low_bf16(d) * low, high_bf16(d) * high);
+                    if (READER) product[e] = pack_bf16(low_bf16(u) * low, high_bf16(u) * high);
                 }
                 uint4 gate_chunk = make_uint4(of_gate[0], of_gate[1], of_gate[2], of_gate[3]);
                 uint4 up_chunk = make_uint4(of_up[0], of_up[1], of_up[2], of_up[3]);
                 int row = own_row + APART * i, token = first_token + t * TILE + row, at = column + own_chunk * 8;
                 *(uint4*)(shared + swizzled(row, own_chunk)) = gate_chunk;
                 *(uint4*)(shared + TILE_BYTES + swizzled(row, own_chunk)) = up_chunk;
+                if (READER)
+                    *(uint4*)(shared + 2 * TILE_BYTES + swizzled(row, own_chunk)) =
+                        make_uint4(product[0], product[1], product[2], product[3]);
                 if (token < tokens && at < end) {
                     *(uint4*)((bf16*)parts.of[0].grad_output + token * parts.of[0].grad_stride + at) = gate_chunk;
                     *(uint4*)((bf16*)parts.of[1].grad_output + token * parts.of[1].grad_stride + at) = up_chunk;
@@ -177,9 +217,21 @@ DEVICE void lora_glu_backward(const Parts& parts, const bf16* grad_output, i64 g
             u32 tile = tiles + side * TILE_BYTES;
             add_middle(grad_middle[t], tile, group * 16, b_tiles + side * B_BYTES);
             add_b(grad_b, tile, group, middles + (side * TOKENS + t * TILE) * THIN_STRIDE);
+            if (READER) add_a(grad_a, tiles + 2 * TILE_BYTES, warp, of_reader + t * TILE * THIN_STRIDE);
             __syncthreads();
         }
         store_sums(s.partial_b + (i64)blockIdx.y * columns * s.rank, grad_b, column + group * 16, end, s.rank);
+        if (READER) {
+            int lane = threadIdx.x & 31, at = column + warp * 8 + lane % 4 * 2;
+            float* to = reader.partial + (i64)blockIdx.y * reader.rank * columns + at;
+#pragma unroll
+            for (int r = 0; r < 2 * (RANK / 16); r++) {
+                int row = r * 8 + lane / 4;
+                if (row < reader.rank && at < end)
+                    *(float2*)(to + (i64)row * columns) =
+                        make_float2(grad_a[r / 2][r % 2 * 2], grad_a[r / 2][r % 2 * 2 + 1]);
+            }
+        }
     }
 #pragma unroll
     for (int t = 0; t < TILES; t++)
@@ -191,7 +243,12 @@ DEVICE void lora_glu_backward(const Parts& parts, const bf16* grad_output, i64 g
     extern "C" __global__ void __launch_bounds__(THREADS) lora_glu_backward_##TILES(                              \
         const __grid_constant__ Parts parts, const bf16* grad_output, i64 grad_output_stride, const bf16* gate_up, \
         i64 stride, int tokens) {                                                                                 \
-        lora_glu_backward<TILES>(parts, grad_output, grad_output_stride, gate_up, stride, tokens);                \
+        lora_glu_backward<TILES, false>(parts, Reader(), grad_output, grad_output_stride, gate_up, stride, tokens); \
+    }                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS) lora_glu_backward_reader_##TILES(                       \
+        const __grid_constant__ Parts parts, const __grid_constant__ Reader reader, const bf16* grad_output,      \
+        i64 grad_output_stride, const bf16* gate_up, i64 stride, int tokens) {                                    \
+        lora_glu_backward<TILES, true>(parts, reader, grad_output, grad_output_stride, gate_up, stride, tokens);  \
     }
 
 LORA_GLU_BACKWARD(1)
@@ -199,3 +256,14 @@ LORA_GLU_BACKWARD(2)
 #if RANK <= 16
 LORA_GLU_BACKWARD(4)
 #endif
+
+// grad_a += the reader's partial sums, four values a thread; grid: (ceil(quads / 256)).
+extern "C" __global__ void __launch_bounds__(256)
+    lora_glu_finish_a(const float* partial, int blocks, float* grad_a, i64 quads) {
+    i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
+    if (i >= quads) return;
+    float4 sum = sum_of((const float4*)partial + i, quads, blocks);
+    float4* to = (float4*)grad_a + i;
+    float4 x = *to;
+    *to = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
+}

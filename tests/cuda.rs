@@ -63,6 +63,21 @@ fn wide_gated_products_agree_with_their_twins() {
     twin::check_cases(twin::cases::wide_gated_branches(&target), &target, &open, "");
 }
 
+/// Where its reader's gradient comes with its own, and is all that it would be made again for, it is not; elsewhere it is.
+#[test]
+fn a_gated_product_is_made_again_only_where_something_reads_it() {
+    let Some(target) = card() else { return };
+    if std::env::var_os("TUNE_CUDA_CAPABILITY").is_some() {
+        println!("left out: other cards may have too little shared memory for it");
+        return;
+    }
+    let leaves_out = |name: &str| twin::leaves_out(&target, &open, name);
+    assert!(leaves_out("mlp_backward 257x264") && leaves_out("mlp_backward 257x512"));
+    assert!(!leaves_out("mlp_backward 300x264"), "it is kept");
+    assert!(!leaves_out("mlp_backward 130x256 Silu and 64 bf16 rank 64"), "the rank is too large");
+    assert!(!leaves_out("mlp_backward 130x256 Silu and 64 bf16 rank 16 dropout"), "the branch drops elements");
+}
+
 /// Full fine-tuning where memory is short: gradients of matrices in bf16, through products, embedding, norm and optimizer.
 #[test]
 fn gradients_in_bf16_agree_with_the_twin() {

@@ -100,7 +100,8 @@ fn written(workload: &Workload) -> Vec<bool> {
 }
 
 /// Runs each operation of a program on the reference's inputs in both sessions and compares what they write;
-/// errors do not add up. Operations that an engine may take together run together (see [`Op::may_join`]). The sessions hold the same workload, up to storage types (see [`reference_workload`]);
+/// errors do not add up. Operations that an engine may take together run together (see [`Op::may_join`]), and what nothing
+/// reads afterwards is not compared. The sessions hold the same workload, up to storage types (see [`reference_workload`]);
 /// the caller has written inputs, scalars and adapters to the reference.
 ///
 /// # Errors
@@ -135,10 +136,13 @@ pub fn check(
         }
         session.run_steps(program, range.clone())?;
         reference.run_steps(program, range)?;
+        let last = start - 1;
         for step in unit {
             let maps = block_maps(&step.op);
             for (id, access) in distinct(step.op.accesses()) {
-                if access == Access::Read || workload.buffer(id).kind == Kind::Workspace {
+                let buffer = workload.buffer(id);
+                let lives = || steps[last..].iter().any(|step| step.op.accesses().iter().any(|access| access.0 == id));
+                if access == Access::Read || buffer.kind == Kind::Workspace || buffer.kind.is_transient() && !lives() {
                     continue;
                 }
                 let map = maps.iter().find(|(buffer, _)| *buffer == id).map(|(_, map)| *map);
@@ -296,7 +300,7 @@ pub fn locate_non_finite(session: &mut dyn Session, program: usize) -> Result<Op
         session.run_steps(program, index..index + 1)?;
         for &(id, access) in &accesses {
             let buffer = workload.buffer(id);
-            if access == Access::Read || buffer.kind == Kind::Workspace {
+            if access == Access::Read || buffer.kind == Kind::Workspace || session.leaves_out(program, index) {
                 continue;
             }
             let rows = non_finite_rows(session, id)?;

@@ -77,6 +77,12 @@ pub trait Session {
     /// ([`Op::may_join`](crate::program::Op::may_join)), the second is only there with the first.
     fn run_steps(&mut self, program: usize, steps: std::ops::Range<usize>) -> Result<(), EngineError>;
 
+    /// Whether the engine does without an operation: nothing reads what it would write, for the engine has what is made of it
+    /// another way.
+    fn leaves_out(&self, _program: usize, _step: usize) -> bool {
+        false
+    }
+
     /// Waits for the device.
     fn synchronize(&mut self) -> Result<(), EngineError>;
 

@@ -272,7 +272,10 @@ fn measure(plan: Plan, prepared: &Prepared, choice: &Choice) -> Result<Vec<Measu
         }
         let total: f64 = best.iter().sum();
         let first = rows.len();
-        for (step, seconds) in program.steps.iter().zip(best) {
+        for (at, (step, seconds)) in program.steps.iter().zip(best).enumerate() {
+            if session.leaves_out(index, at) {
+                continue;
+            }
             let name = step.op.name();
             let floor = plan::estimate_op(&workload, &step.op, &target);
             let at = rows[first..].iter().position(|row| row.operation == name).map(|at| first + at);

@@ -122,10 +122,13 @@ impl Op {
     }
 
     /// Whether an engine may take this operation together with the next, whose sums over its result come from the same pass
-    /// over memory: a gated product before a linear operation.
+    /// over memory: a gated product before a linear operation, and all of both in the backward pass.
     pub fn may_join(&self, next: &Op) -> bool {
         match (self, next) {
-            (Op::Glu { output, .. }, Op::Linear { input, .. }) => output == input,
+            (Op::Glu { output, .. }, Op::Linear { input, .. } | Op::LinearBackward { input, .. }) => output == input,
+            (Op::LinearBackward { grad_input, .. }, Op::GluBackward { grad_output, .. }) => {
+                *grad_input == Some(*grad_output)
+            }
             (Op::GluBackward { grad_gate_up, .. }, Op::LinearBackward { projections, .. }) => {
                 projections.iter().any(|projection| projection.grad_output.buffer == *grad_gate_up)
             }

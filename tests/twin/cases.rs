@@ -288,7 +288,7 @@ fn linear_table(target: &Target, table: &[LinearRow], cases: &mut Vec<Case>) {
 
         let mut case = Writer::new(target, format!("linear_backward {label}"));
         let grad_output = case.activation("grad_output", &[tokens, outputs.iter().sum()]);
-        let op = linear_backward_op(&mut case, grad_output, (tokens, inputs), outputs, dtype, parts);
+        let op = linear_backward_op(&mut case, "", grad_output, (tokens, inputs), outputs, dtype, parts);
         cases.push(case.finish(op));
     }
 }
@@ -386,6 +386,7 @@ fn linear_op(
 
 fn linear_backward_op(
     case: &mut Writer,
+    prefix: &str,
     grad_output: BufferId,
     (tokens, inputs): (usize, usize),
     outputs: &[usize],
@@ -393,29 +394,31 @@ fn linear_backward_op(
     parts: Parts,
 ) -> Op {
     let stored = if parts.trained { case.trainable } else { dtype };
-    let input = case.activation("input", &[tokens, inputs]);
-    let grad_input = parts.needs_input_gradient.then(|| case.output("grad_input", &[tokens, inputs], case.compute));
+    let called = |name: &str| format!("{prefix}{name}");
+    let input = case.activation(&called("input"), &[tokens, inputs]);
+    let grad_input =
+        parts.needs_input_gradient.then(|| case.output(&called("grad_input"), &[tokens, inputs], case.compute));
     let ranks = parts.rank.unwrap_or(0) * outputs.len();
     let buffers = (ranks > 0).then(|| {
-        let middle = case.activation("middle", &[tokens, ranks]);
-        (middle, case.workspace("grad_middle", &[tokens, ranks], case.compute))
+        let middle = case.activation(&called("middle"), &[tokens, ranks]);
+        (middle, case.workspace(&called("grad_middle"), &[tokens, ranks], case.compute))
     });
     let scale = case.scalar("lora_scale", 0.75);
     let mut projections = Vec::new();
     let mut column = 0;
     for (index, &width) in outputs.iter().enumerate() {
         let shape = [width, inputs];
-        let weight = case.weight(&format!("{index}.weight"), &shape, stored);
-        let grad_weight = parts.trained.then(|| case.matrix_gradient(&format!("{index}.weight.grad"), &shape));
+        let weight = case.weight(&format!("{prefix}{index}.weight"), &shape, stored);
+        let grad_weight = parts.trained.then(|| case.matrix_gradient(&format!("{prefix}{index}.weight.grad"), &shape));
         let with_bias = parts.trained && parts.bias;
-        let grad_bias = with_bias.then(|| case.gradient(&format!("{index}.bias.grad"), &[width]));
+        let grad_bias = with_bias.then(|| case.gradient(&format!("{prefix}{index}.bias.grad"), &[width]));
         let lora = parts.rank.zip(buffers).map(|(rank, (middle, grad_middle))| LoraBackward {
-            a: case.adapter(&format!("{index}.lora_A.weight"), &[rank, inputs]),
-            b: case.adapter(&format!("{index}.lora_B.weight"), &[width, rank]),
+            a: case.adapter(&format!("{prefix}{index}.lora_A.weight"), &[rank, inputs]),
+            b: case.adapter(&format!("{prefix}{index}.lora_B.weight"), &[width, rank]),
             middle: Columns { buffer: middle, start: index * rank, width: rank },
             grad_middle: Columns { buffer: grad_middle, start: index * rank, width: rank },
-            grad_a: case.gradient(&format!("{index}.lora_A.weight.grad"), &[rank, inputs]),
-            grad_b: case.gradient(&format!("{index}.lora_B.weight.grad"), &[width, rank]),
+            grad_a: case.gradient(&format!("{prefix}{index}.lora_A.weight.grad"), &[rank, inputs]),
+            grad_b: case.gradient(&format!("{prefix}{index}.lora_B.weight.grad"), &[width, rank]),
             scale,
             dropout: dropout(case, parts, index),
         });
@@ -598,6 +601,19 @@ fn gated_branches(target: &Target, cases: &mut Vec<Case>) {
         (130, 256, 64, DType::BF16, Activation::Silu, GATED),
     ];
     table.into_iter().for_each(|row| gated_row(target, row, cases));
+    for (row, kept) in [
+        ((1, 64, 32, DType::F32, Activation::Silu, rank(8)), false),
+        ((257, 264, 96, DType::BF16, Activation::Silu, rank(16)), false),
+        ((300, 264, 96, DType::BF16, Activation::GeluTanh, rank(16)), true),
+        ((530, 200, 64, DType::BF16, Activation::GeluTanh, rank(24)), false),
+        ((1100, 2056, 64, DType::BF16, Activation::Silu, rank(16)), false),
+        ((1100, 3464, 64, DType::BF16, Activation::Silu, rank(32)), true),
+        ((257, 512, 128, DType::Nf4, Activation::Silu, rank(16)), false),
+        ((130, 256, 64, DType::BF16, Activation::Silu, rank(64)), false),
+        ((130, 256, 64, DType::BF16, Activation::Silu, Parts { dropout: 0.1, ..rank(16) }), false),
+    ] {
+        cases.push(mlp_backward(target, row, kept));
+    }
 }
 
 /// The same with four tiles of tokens a block, and with more tokens than one launch has room for.
@@ -609,8 +625,52 @@ pub fn wide_gated_branches(target: &Target) -> Vec<Case> {
         (1100, 28_680, 8, DType::BF16, Activation::Silu, rank(24)),
     ] {
         gated_row(target, row, &mut cases);
+        cases.push(mlp_backward(target, row, false));
     }
     cases
+}
+
+/// The backward pass of a whole MLP, whose gated product is made again, or (`kept`) was kept, for the branch that read it.
+fn mlp_backward(target: &Target, row: GatedRow, kept: bool) -> Case {
+    let (tokens, width, hidden, dtype, activation, parts) = row;
+    let label = format!("{tokens}x{width} {activation:?} and {hidden} {} {}", dtype.name(), describe(parts));
+    let mut case = Writer::new(target, format!("mlp_backward {label} kept {kept}"));
+    let gate_up = case.random("gate_up", &[tokens, 2 * width], case.compute, Kind::Activation, 3.0);
+    // What is written lives to the end, where it is read.
+    let lasting = |case: &mut Writer, name: &str, columns: usize| {
+        let nothing = vec![f64::NAN; tokens * columns];
+        case.put(name, &[tokens, columns], case.compute, Kind::Output, &nothing)
+    };
+    let glu = if kept { lasting(&mut case, "glu", width) } else { case.output("glu", &[tokens, width], case.compute) };
+    let grad_glu = lasting(&mut case, "grad_glu", width);
+    // The gradient of the stream, which the next norm reads too: it lives on.
+    let gradient = case.activation("gradient", &[tokens, hidden]);
+    let grad_gate_up = case.output("grad_gate_up", &[tokens, 2 * width], case.compute);
+    case.given = Kind::Input;
+    let frozen = Parts { needs_input_gradient: false, ..parts };
+    let mut down = linear_backward_op(&mut case, "down.", gradient, (tokens, width), &[hidden], dtype, frozen);
+    if let Op::LinearBackward { input, grad_input, .. } = &mut down {
+        (*input, *grad_input) = (glu, Some(grad_glu));
+    }
+    let gate_and_up = linear_backward_op(&mut case, "", grad_gate_up, (tokens, hidden), &[width, width], dtype, parts);
+    let Op::LinearBackward { grad_input: Some(grad_norm), .. } = gate_and_up else { unreachable!("asked for") };
+    let norm = Op::RmsNormBackward {
+        grad_output: grad_norm,
+        input: case.activation("stream", &[tokens, hidden]),
+        weight: case.weight("norm.weight", &[hidden], dtype),
+        inverse_rms: case.random("inverse_rms", &[tokens], DType::F32, Kind::Input, 0.5),
+        residual_grad: Some(gradient),
+        grad_input: case.output("grad_stream", &[tokens, hidden], case.compute),
+        grad_weight: None,
+        weight_offset: 0.0,
+    };
+    case.finish_all([
+        Op::Glu { gate_up, output: glu, activation },
+        down,
+        Op::GluBackward { grad_output: grad_glu, gate_up, grad_gate_up, activation },
+        gate_and_up,
+        norm,
+    ])
 }
 
 fn gated_row(target: &Target, row: GatedRow, cases: &mut Vec<Case>) {
@@ -627,7 +687,7 @@ fn gated_row(target: &Target, row: GatedRow, cases: &mut Vec<Case>) {
     let gate_up = case.random("gate_up", &[tokens, 2 * width], case.compute, Kind::Activation, 3.0);
     let grad_gate_up = case.output("grad_gate_up", &[tokens, 2 * width], case.compute);
     case.given = Kind::Input;
-    let linear = linear_backward_op(&mut case, grad_gate_up, (tokens, hidden), &[width, width], dtype, parts);
+    let linear = linear_backward_op(&mut case, "", grad_gate_up, (tokens, hidden), &[width, width], dtype, parts);
     cases.push(case.finish_all([Op::GluBackward { grad_output, gate_up, grad_gate_up, activation }, linear]));
 }
 

@@ -82,6 +82,16 @@ pub fn check_losses_that_are_no_number(target: &Target, open: Opener) {
     assert!(found.is_nan(), "the sum of losses is {found}");
 }
 
+/// Whether an engine does without the first operation of the case whose name begins so.
+///
+/// # Panics
+/// Without such a case.
+pub fn leaves_out(target: &Target, open: Opener, name: &str) -> bool {
+    let case = cases::all(target).into_iter().find(|case| case.name.starts_with(name)).expect("a case of that name");
+    let plan = plan(case.workload.clone(), target.clone()).expect("a plan");
+    open(plan, Arc::new(Checkpoint::new(&case))).expect("a session").leaves_out(0, 0)
+}
+
 /// What is wrong with the engine's results, one line a buffer.
 pub fn check_case(case: &Case, target: &Target, open: Opener) -> Vec<String> {
     match run_case(case, target, open) {
@@ -149,6 +159,9 @@ fn outputs(case: &Case, session: &mut dyn Session) -> Result<Vec<(BufferId, Vec<
             written.push(id);
         }
     }
+    // What the last operation does not touch may have given up its place, or never been written.
+    let touched: Vec<BufferId> = case.ops().last().into_iter().flat_map(Op::accesses).map(|(id, _)| id).collect();
+    written.retain(|id| touched.contains(id) || !workload.buffer(*id).kind.is_transient());
     // What is only written holds NaN before. It may share its place with an input (an element-wise result over what it
     // was made from), so inputs come last.
     let is_input = |id: BufferId| read.contains(&id);

@@ -12,7 +12,7 @@ use super::product::Products;
 use super::tables::Tables;
 use super::weights::{Loader, read_buffer, write_buffer};
 use crate::backend::{EngineError, Session, WeightSource};
-use crate::program::{BufferId, Kind, Op, Plan, Program};
+use crate::program::{BufferId, Kind, Op, Plan, Program, Step};
 
 /// Bytes that captured programs may take over what the plan has for them.
 const GRAPH_SLACK: u64 = 64 << 20;
@@ -98,7 +98,7 @@ impl CudaSession {
             let mut lowering =
                 Lowering::new(&card, &plan.workload, &memory, &mut kernels, &mut products, &tables, &mut kept);
             let steps: Vec<_> =
-                with_next(program).map(|(op, next)| lowering.lower(op, next)).collect::<Result<_, _>>()?;
+                (0..program.steps.len()).map(|at| lowering.lower(program, at)).collect::<Result<_, _>>()?;
             lowering.end(&program.name)?;
             programs.push(steps);
         }
@@ -296,6 +296,12 @@ impl Session for CudaSession {
             return Err(failed(format!("program {program} has no steps {steps:?}")));
         }
         self.launch(program, steps)
+    }
+
+    fn leaves_out(&self, program: usize, step: usize) -> bool {
+        let is_product = |step: &Step| matches!(step.op, Op::Glu { .. });
+        self.plan.workload.programs[program].steps.get(step).is_some_and(is_product)
+            && self.programs[program][step].is_empty()
     }
 
     fn synchronize(&mut self) -> Result<(), EngineError> {

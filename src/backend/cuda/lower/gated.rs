@@ -1,15 +1,17 @@
-//! The gated product of an MLP together with what the LoRA branches of the next operation sum over its results
-//! (`kernels/lora_glu.cu`): nothing passes over the widest activations for the branches' sake.
+//! The gated product of an MLP together with what LoRA branches sum over its results (`kernels/lora_glu.cu`): nothing passes
+//! over the widest activations for the branches' sake. In the backward pass the gradient of `a` of the branch that read
+//! the product is among that; where nothing else reads a product that was to be made again, it is not made.
 
 use super::Lowering;
 use super::elementwise::is_gelu;
-use super::lora::even;
+use super::lora::{Branch, even};
 use super::tiling::{GATED_RANKS, TILE, Tiling, compiled_rank, strip_tiles};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::compile::Variant;
+use crate::backend::cuda::driver::failed;
 use crate::backend::cuda::product::Matrix;
-use crate::program::{Activation, DType, Lora, Op, Projection, ProjectionBackward};
+use crate::program::{Access, Activation, DType, Lora, Op, Program, Projection, ProjectionBackward, Step};
 
 /// Threads of the kernels' blocks.
 const THREADS: u32 = 512;
@@ -19,6 +21,22 @@ pub(super) struct Gated {
     grad_output: Matrix,
     gate_up: Matrix,
     file: Variant,
+    reader: Option<Reader>,
+}
+
+/// The branch that read a gated product: `grad_a += grad_middleᵀ · product`.
+#[derive(Clone, Copy)]
+pub(super) struct Reader {
+    /// `[T, r]`
+    grad_middle: Matrix,
+    /// f32 `[r, K]`
+    grad_a: Matrix,
+}
+
+impl Reader {
+    fn rank(&self) -> usize {
+        self.grad_middle.columns
+    }
 }
 
 /// The branch of the linear operation after a gated product that takes its result, where it is the only one.
@@ -112,13 +130,77 @@ impl Lowering<'_> {
         Ok(true)
     }
 
+    /// The branch of the operation at `at`, the gradient of a linear one, if its gradient of `a` is left to the next, the
+    /// gradient of the gated product that it read.
+    pub(super) fn reader(&self, program: &Program, at: usize) -> Result<Option<Reader>, EngineError> {
+        let op = |at: usize| program.steps.get(at).map(|step| &step.op);
+        let Some(Op::LinearBackward { input, grad_input: Some(grad_input), projections }) = op(at) else {
+            return Ok(None);
+        };
+        let (Some(backward @ Op::GluBackward { grad_output, gate_up, activation, .. }), Some(next)) =
+            (op(at + 1), op(at + 2))
+        else {
+            return Ok(None);
+        };
+        let ([ProjectionBackward { lora: Some(lora), .. }], Some(file)) =
+            (projections.as_slice(), file(backward, Some(next)))
+        else {
+            return Ok(None);
+        };
+        let made_from = program.steps[..at].iter().rev().find_map(|step| match &step.op {
+            Op::Glu { gate_up, output, activation } if output == input => Some((*gate_up, *activation)),
+            _ => None,
+        });
+        // Beside the gradient of the output what the branch sums over it outlives this operation.
+        let Some(below) = self.room_below(projections) else { return Ok(None) };
+        if grad_output != grad_input || made_from != Some((*gate_up, *activation)) {
+            return Ok(None);
+        }
+        let reader = Reader { grad_middle: below.middles(projections)[0], grad_a: self.matrix(lora.grad_a) };
+        Ok(self.gated_backward(backward, next, file, Some(reader))?.map(|_| reader))
+    }
+
+    /// Whether the operation at `at` is a gated product made for nothing but the gradient of `a` that is had without it.
+    pub(super) fn is_left_out(&self, program: &Program, at: usize) -> Result<bool, EngineError> {
+        let Op::Glu { output, .. } = &program.steps[at].op else { return Ok(false) };
+        let reads =
+            |step: &Step| step.op.accesses().iter().any(|&(id, access)| id == *output && access != Access::Write);
+        let mut rest = program.steps[at + 1..].iter();
+        let only =
+            rest.next().is_some_and(|step| matches!(&step.op, Op::LinearBackward { input, .. } if input == output));
+        let only = only && self.workload.buffer(*output).kind.is_transient() && !rest.any(reads);
+        Ok(only && self.reader(program, at + 1)?.is_some())
+    }
+
     fn glu_backward_with_sums(&mut self, op: &Op, next: &Op, file: Variant) -> Result<bool, EngineError> {
+        let Op::GluBackward { grad_gate_up, .. } = op else { return Ok(false) };
+        let reader = self.reader.take();
+        let Some((branches, tiling, gated)) = self.gated_backward(op, next, file, reader)? else {
+            return match reader {
+                Some(_) => Err(failed("the gradient of a gated product without that of its reader".to_string())),
+                None => Ok(false),
+            };
+        };
+        self.output_sums(&branches, &tiling, Some(&gated))?;
+        self.summed = Some(*grad_gate_up);
+        Ok(true)
+    }
+
+    /// How the gradients of gate and up are made with the sums of their branches, and with the gradient of `a` of the branch
+    /// that read the product; none where the kernels do not take them.
+    fn gated_backward(
+        &self,
+        op: &Op,
+        next: &Op,
+        file: Variant,
+        reader: Option<Reader>,
+    ) -> Result<Option<(Vec<Branch>, Tiling, Gated)>, EngineError> {
         let (
             Op::GluBackward { grad_output, gate_up, grad_gate_up, .. },
             Op::LinearBackward { grad_input, projections, .. },
         ) = (op, next)
         else {
-            return Ok(false);
+            return Ok(None);
         };
         self.expect("glu_backward", &[*grad_output, *gate_up, *grad_gate_up], DType::BF16)?;
         let below = grad_input.and_then(|_| self.room_below(projections));
@@ -131,38 +213,62 @@ impl Lowering<'_> {
             }
         };
         let branches = self.branches(projections, &middles)?;
-        let gated = Gated { grad_output: self.matrix(*grad_output), gate_up: self.matrix(*gate_up), file };
+        let gated = Gated { grad_output: self.matrix(*grad_output), gate_up: self.matrix(*gate_up), file, reader };
         let Gated { grad_output, gate_up, .. } = gated;
         let size = (grad_output.columns, branches[0].rank());
-        let is_even = branches.iter().all(|branch| branch.is_even()) && even(grad_output) && even(gate_up);
+        let whole = |reader: &Reader| reader.grad_a.stride == reader.grad_a.columns && even(reader.grad_middle);
+        let is_even = branches.iter().all(|branch| branch.is_even())
+            && [grad_output, gate_up].into_iter().all(even)
+            && reader.as_ref().is_none_or(whole);
         // A buffer of the next operation may lie over what this one reads: all of it is read before the first is written.
         let reads_first = |tiling: &Tiling| beside || tiling.tokens >= grad_output.rows;
-        let tiling = Tiling::gated(grad_output.rows, size, &self.room()).filter(reads_first).filter(|_| is_even);
-        let Some(tiling) = tiling else { return Ok(false) };
-        self.output_sums(&branches, &tiling, Some(&gated))?;
-        self.summed = Some(*grad_gate_up);
-        Ok(true)
+        let rank = reader.map(|reader| reader.rank());
+        let tiling = Tiling::gated(grad_output.rows, size, rank, &self.room()).filter(reads_first);
+        Ok(tiling.filter(|_| is_even).map(|tiling| (branches, tiling, gated)))
     }
 
-    /// The launch over `tokens` rows from `first` on; `parts` is the kernel's table of branches.
+    /// The launches over `tokens` rows from `first` on; `parts` is the kernel's table of branches, `partial` where there is room
+    /// for the reader's partial sums.
     pub(super) fn gated_sums(
         &mut self,
         gated: &Gated,
         tiling: &Tiling,
         parts: Box<[u64]>,
+        partial: u64,
         (first, tokens): (usize, usize),
     ) -> Result<(), EngineError> {
         let from = |matrix: Matrix| matrix.slice_rows(first, tokens).pointer;
-        let given = arguments![
-            parts,
-            from(gated.grad_output),
-            gated.grad_output.stride as i64,
-            from(gated.gate_up),
-            gated.gate_up.stride as i64,
+        let Gated { grad_output, gate_up, file, reader } = gated;
+        let product = arguments![
+            from(*grad_output),
+            grad_output.stride as i64,
+            from(*gate_up),
+            gate_up.stride as i64,
             tokens as i32,
         ];
-        let grid = [tiling.strips(gated.grad_output.columns), tiling.token_blocks(tokens), 1];
-        let shared = Tiling::gated_shared_bytes(tiling.rank, tiling.tiles);
-        self.launch_variant(&gated.file, &format!("lora_glu_backward_{}", tiling.tiles), grid, THREADS, shared, given)
+        let blocks = tiling.token_blocks(tokens);
+        let grid = [tiling.strips(grad_output.columns), blocks, 1];
+        let shared = Tiling::gated_shared_bytes(tiling.rank, tiling.tiles, reader.is_some());
+        let mut given = arguments![parts];
+        let Some(reader) = reader else {
+            given.extend(product);
+            return self.launch_variant(
+                file,
+                &format!("lora_glu_backward_{}", tiling.tiles),
+                grid,
+                THREADS,
+                shared,
+                given,
+            );
+        };
+        let (grad_middle, rank) = (from(reader.grad_middle), reader.rank());
+        let table: Box<[u64]> = [grad_middle, reader.grad_middle.stride as u64, partial, rank as u64].into();
+        given.extend(arguments![table]);
+        given.extend(product);
+        let entry = format!("lora_glu_backward_reader_{}", tiling.tiles);
+        self.launch_variant(file, &entry, grid, THREADS, shared, given)?;
+        let quads = rank * grad_output.columns / 4;
+        let given = arguments![partial, blocks as i32, reader.grad_a.pointer, quads as i64];
+        self.launch_variant(file, "lora_glu_finish_a", [quads.div_ceil(256), 1, 1], 256, 0, given)
     }
 }

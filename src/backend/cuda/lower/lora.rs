@@ -247,7 +247,9 @@ impl Lowering<'_> {
         let Below { grad_output, a, weight, rank } = below;
         let loras: Vec<&LoraBackward> = projections.iter().filter_map(|p| p.lora.as_ref()).collect();
         self.branch_sums(projections, &middles)?;
-        self.weight_gradients(x, loras.iter().map(|lora| self.matrix(lora.grad_a)).zip(middles).collect())?;
+        if self.reader.is_none() {
+            self.weight_gradients(x, loras.iter().map(|lora| self.matrix(lora.grad_a)).zip(middles).collect())?;
+        }
         let product = |right: Matrix, output: Matrix| Product {
             left: longer,
             left_transposed: false,
@@ -367,7 +369,7 @@ impl Lowering<'_> {
             let table = table.into_boxed_slice();
             let blocks = tiling.token_blocks(tokens);
             match gated {
-                Some(gated) => self.gated_sums(gated, tiling, table.clone(), (first, tokens))?,
+                Some(gated) => self.gated_sums(gated, tiling, table.clone(), next, (first, tokens))?,
                 None => {
                     let (entry, given) =
                         (format!("lora_backward_{}", tiling.tiles), arguments![table.clone(), tokens as i32]);

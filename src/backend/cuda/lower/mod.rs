@@ -26,7 +26,8 @@ use super::memory::Memory;
 use super::product::{Matrix, Product, Products};
 use super::tables::Tables;
 use crate::backend::EngineError;
-use crate::program::{BufferId, Columns, DType, Op, Workload};
+use crate::program::{BufferId, Columns, DType, Op, Program, Workload};
+use gated::Reader;
 use tiling::Room;
 
 pub(super) struct Lowering<'a> {
@@ -42,6 +43,8 @@ pub(super) struct Lowering<'a> {
     mark: Option<Rc<Event>>,
     /// The activations over which LoRA branches' sums came with the operation before.
     summed: Option<BufferId>,
+    /// The branch whose gradient comes with that of the gated product which it read.
+    reader: Option<Reader>,
     /// Copies on their way, by the buffer in the host's memory.
     copying: HashMap<BufferId, Rc<Event>>,
 }
@@ -67,16 +70,24 @@ impl<'a> Lowering<'a> {
             commands: Vec::new(),
             mark: None,
             summed: None,
+            reader: None,
             copying: HashMap::new(),
         }
     }
 
-    /// The launches of one operation; what the next one can have from the same kernel is among them.
+    /// The launches of the first operation of these; what later ones can have from the same kernel is among them, and what
+    /// they do without is not.
     ///
     /// # Errors
     /// When the operation has a shape or type that no kernel here takes.
-    pub fn lower(&mut self, op: &Op, next: Option<&Op>) -> Result<Vec<Command>, EngineError> {
-        if !self.gated_with_branches(op, next)? {
+    pub fn lower(&mut self, program: &Program, at: usize) -> Result<Vec<Command>, EngineError> {
+        let (op, next) = (&program.steps[at].op, program.steps.get(at + 1).map(|next| &next.op));
+        if self.is_left_out(program, at)? {
+            self.summed = None;
+        } else if !self.gated_with_branches(op, next)? {
+            if matches!(op, Op::LinearBackward { .. }) {
+                self.reader = self.reader(program, at)?;
+            }
             self.lower_alone(op)?;
             self.summed = None;
         }

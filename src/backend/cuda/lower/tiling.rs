@@ -45,33 +45,45 @@ impl Tiling {
         let fills = |tiles: &usize| rows.div_ceil(TILE * tiles) * column_tiles >= room.multiprocessors;
         let half = HALF_SHARED.min(room.shared);
         let tiles = fitting(half).find(fills).or(fitting(half).last()).or(fitting(room.shared).last())?;
-        Self::within(rows, sizes, room, |tokens| {
+        Self::within(rows, sizes, None, room, |tokens| {
             let wanted = (2 * room.multiprocessors).div_ceil(tokens.div_ceil(TILE * tiles)).clamp(1, column_tiles);
             Self { rank, tiles, tokens, strip_tiles: column_tiles.div_ceil(wanted) }
         })
     }
 
-    /// For `lora_glu_backward`, of whose blocks a multiprocessor takes one, on two projections of this (columns, rank).
-    pub fn gated(rows: usize, size: (usize, usize), room: &Room) -> Option<Self> {
+    /// For `lora_glu_backward`, of whose blocks a multiprocessor takes one, on two projections of this (columns, rank), and with
+    /// the branch of this rank that read the product.
+    pub fn gated(rows: usize, size: (usize, usize), reader: Option<usize>, room: &Room) -> Option<Self> {
         let rank = compiled_rank(&GATED_RANKS, size.1)?;
+        if reader.is_some_and(|reader| reader > rank || !reader.is_multiple_of(8)) {
+            return None;
+        }
         let column_tiles = size.0.div_ceil(TILE);
-        let fitting = || tile_counts(rank).filter(|&tiles| Self::gated_shared_bytes(rank, tiles) <= room.shared);
+        let shared = |tiles| Self::gated_shared_bytes(rank, tiles, reader.is_some());
+        let fitting = || tile_counts(rank).filter(|&tiles| shared(tiles) <= room.shared);
         let fills = |tiles: &usize| rows.div_ceil(TILE * tiles) * column_tiles >= room.multiprocessors;
         let tiles = fitting().find(fills).or(fitting().last())?;
-        Self::within(rows, &[size; 2], room, |tokens| {
+        Self::within(rows, &[size; 2], reader.map(|rank| (size.0, rank)), room, |tokens| {
             let blocks = tokens.div_ceil(TILE * tiles);
             Self { rank, tiles, tokens, strip_tiles: strip_tiles(column_tiles, blocks, room.multiprocessors) }
         })
     }
 
     /// The tiling for as many tokens a launch as have room for their partial sums.
-    fn within(rows: usize, sizes: &[(usize, usize)], room: &Room, tiling: impl Fn(usize) -> Self) -> Option<Self> {
+    fn within(
+        rows: usize,
+        sizes: &[(usize, usize)],
+        reader: Option<(usize, usize)>,
+        room: &Room,
+        tiling: impl Fn(usize) -> Self,
+    ) -> Option<Self> {
         let mut tokens = rows;
         loop {
             let tiling = tiling(tokens);
-            let bytes = tiling.workspace(sizes);
+            let of_reader = reader.map_or(0, |(columns, rank)| 4 * tiling.token_blocks(tokens) * columns * rank);
+            let bytes = tiling.workspace(sizes) + of_reader;
             if bytes <= room.workspace {
-                let pass: usize = sizes.iter().map(|(columns, _)| 2 * tokens * columns).sum();
+                let pass: usize = sizes.iter().chain(&reader).map(|(columns, _)| 2 * tokens * columns).sum();
                 return (bytes <= pass).then_some(tiling);
             }
             let blocks = tiling.token_blocks(tokens);
@@ -93,9 +105,11 @@ impl Tiling {
         2 * TILE * TILE * 2 + (2 * TILE + tiles * TILE) * (2 * rank + 16)
     }
 
-    /// A tile of each gradient, b and the middle of both projections.
-    pub fn gated_shared_bytes(rank: usize, tiles: usize) -> usize {
-        2 * TILE * TILE * 2 + 2 * (TILE + tiles * TILE) * (2 * rank + 16)
+    /// A tile of each gradient, b and the middle of both projections; with a reader a tile of the product, and its middle's
+    /// gradient.
+    pub fn gated_shared_bytes(rank: usize, tiles: usize, reader: bool) -> usize {
+        let (wide, thin) = if reader { (3, 2 + 3 * tiles) } else { (2, 2 + 2 * tiles) };
+        wide * TILE * TILE * 2 + thin * TILE * (2 * rank + 16)
     }
 
     /// Blocks of tokens of a launch over so many.
@@ -177,24 +191,32 @@ mod tests {
             for rows in [128, 256, 1434, 4096, 16_384, 78_475] {
                 for (multiprocessors, shared) in [(132, 227 << 10), (28, 99 << 10), (108, 163 << 10)] {
                     let room = Room { multiprocessors, shared, workspace: WORKSPACE };
-                    let Some(tiling) = Tiling::gated(rows, (columns, rank), &room) else {
-                        assert!(
-                            rank == 32 && (shared < 128 << 10 || rows == 128) || columns == 96,
-                            "{rows} rows of {columns}, {rank}"
-                        );
-                        continue;
-                    };
-                    assert!(tiling.workspace(&[(columns, rank); 2]) <= WORKSPACE);
-                    assert!(Tiling::gated_shared_bytes(tiling.rank, tiling.tiles) <= shared);
-                    let (strips, blocks) = (tiling.strips(columns), tiling.token_blocks(tiling.tokens));
-                    assert!(strips * tiling.strip_tiles * TILE >= columns);
-                    assert!(strips == 1 || strips * blocks <= multiprocessors);
+                    for reader in [None, Some(rank)] {
+                        let Some(tiling) = Tiling::gated(rows, (columns, rank), reader, &room) else {
+                            let small = shared < 128 << 10;
+                            assert!(
+                                rank == 32 && (small || rows == 128) || columns == 96 || reader.is_some() && small,
+                                "{rows} rows of {columns}, {rank}"
+                            );
+                            continue;
+                        };
+                        assert!(tiling.workspace(&[(columns, rank); 2]) <= WORKSPACE);
+                        assert!(Tiling::gated_shared_bytes(tiling.rank, tiling.tiles, reader.is_some()) <= shared);
+                        let (strips, blocks) = (tiling.strips(columns), tiling.token_blocks(tiling.tokens));
+                        assert!(strips * tiling.strip_tiles * TILE >= columns);
+                        assert!(strips == 1 || strips * blocks <= multiprocessors);
+                    }
                 }
             }
         }
         assert!(
-            Tiling::gated(4096, (14_336, 64), &Room { multiprocessors: 132, shared: 227 << 10, workspace: WORKSPACE })
-                .is_none()
+            Tiling::gated(
+                4096,
+                (14_336, 64),
+                None,
+                &Room { multiprocessors: 132, shared: 227 << 10, workspace: WORKSPACE }
+            )
+            .is_none()
         );
     }
 }
