@@ -8,6 +8,8 @@
 # peer-products peer-attention peer:MODEL:BATCH:SEQUENCE:RECOMPUTE   the same in PyTorch, Transformers and PEFT (bf16)
 # leak                            2,000 steps of the demo model, host and device memory at 200 and at the end
 # doctor                          what `tune doctor` says of the adapter
+# golden                          SmolLM2's golden LoRA steps, schedule and full, in portable f32, fast f32 and f16; GOLDEN is the
+#                                 test program, TUNE_SMOLLM2 and TUNE_ASSETS say where the model and the numbers are
 # attention-phases candidates     experiments of `wgsl_probe`
 # TUNE_WGPU_PLAIN=1 leaves cooperative matrices out, as on adapters that have none; PRECISION=f16 or f32 says in which type then.
 # BIN is the example `wgsl`, TUNE the program, PROBE the example `wgsl_probe`; python3 with torch, transformers and peft. What
@@ -17,6 +19,7 @@ cd "$(dirname "$0")/.."
 BIN=${BIN:-target/release/examples/wgsl}
 TUNE=${TUNE:-target/release/tune}
 PROBE=${PROBE:-target/release/examples/wgsl_probe}
+GOLDEN=${GOLDEN:-.gpu/golden}
 STEPS=${STEPS:-8}
 LOG=${LOG:-/dev/null}
 if [ $# -eq 0 ]; then
@@ -41,6 +44,13 @@ row() {
         ;;
     leak) timeout "${LIMIT:-180}" python3 bench/wgsl_leak.py "$TUNE" "${DEVICE:-wgpu:0}" 2000 ;;
     doctor) timeout "${LIMIT:-60}" "$TUNE" doctor | fold -w 230 | grep -A6 wgpu ;;
+    golden)
+        export TUNE_TEST_DEVICE=${DEVICE:-wgpu:0}
+        local each=(timeout "${LIMIT:-200}" "$GOLDEN" --nocapture --test-threads=1)
+        TUNE_WGPU_PORTABLE=1 TUNE_TEST_PRECISION=f32 "${each[@]}" smollm2_takes &&
+            TUNE_TEST_PRECISION=f32 "${each[@]}" smollm2_takes &&
+            TUNE_TEST_PRECISION=f16 "${each[@]}" half_precision
+        ;;
     attention-phases) timeout "${LIMIT:-100}" python3 bench/wgsl_probe.py "$PROBE" attention ;;
     candidates) timeout "${LIMIT:-200}" python3 bench/wgsl_probe.py "$PROBE" products small pytorch ;;
     *)

@@ -1,6 +1,7 @@
 // adamw with moments in 8 bits (Dettmers et al. 2022, arXiv 2110.02861): blocks of 256 codes, the first moment's in the
 // signed table, the second's in the unsigned one, and one scale a block, the largest magnitude in it. A buffer holds
-// its scales, then its codes, four to a word. One block a workgroup.
+// its scales, then its codes, four to a word. One block a workgroup. Where a parameter is bound in parts, this one begins at
+// `first_block` of all.
 var<workgroup> largest: array<vec2<f32>, 256>;
 var<workgroup> codes: array<vec2<u32>, 256>;
 
@@ -20,16 +21,17 @@ fn nearest(x: f32, base: u32) -> u32 {
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-  let block = group.y * 65535u + group.x;
-  let i = block * 256u + thread;
-  let inside = block < p.blocks && i < p.count;
+  let own = group.y * 65535u + group.x;
+  let block = p.first_block + own;
+  let i = own * 256u + thread;
+  let inside = own < p.blocks && i < p.count;
   let norm = norm_get(0u);
   let finite = (bitcast<u32>(norm) & 0x7f800000u) != 0x7f800000u;
   var clip = 1.0;
   if (p.max_grad_norm > 0.0) { clip = min(1.0, p.max_grad_norm / (norm + 1e-6)); }
   var m = 0.0;
   var v = 0.0;
-  let word = p.blocks + i / 4u;
+  let word = p.all_blocks + block * 64u + thread / 4u;
   let shift = (i % 4u) * 8u;
   if (inside) {
     let g = gradient_get(i) * clip;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The CUDA engine's tests on a machine with a card, which needs no Rust:
-#   bash tests/gpu.sh build    here: builds the test and benchmark programs and puts them, stripped, into .gpu/
+#   bash tests/gpu.sh build    here: builds the test and benchmark programs (those of bench/wgsl.sh too) and puts them, stripped,
+#                              into .gpu/
 #   bash tests/gpu.sh          there: runs them, with .gpu/ carried along; prints "N passed, N failed"
 # TUNE_CASES limits the operations to cases whose name contains it. SANITIZE="memcheck racecheck" runs them under the tools
 # of compute-sanitizer too: all in one run, or a run for each word of SANITIZE_CASES; a run has SANITIZE_LIMIT seconds (200).
@@ -15,16 +16,17 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = build ]; then
     set -e
     mkdir -p .gpu
-    binary=$(cargo test --release --no-run --test cuda --message-format=json 2>/dev/null |
-        python3 -c 'import json,sys
+    cargo build --release --example step --example wgsl --bin tune
+    for test in cuda golden; do
+        binary=$(cargo test --release --no-run --test $test --message-format=json 2>/dev/null |
+            python3 -c 'import json,sys
 for line in sys.stdin:
     entry = json.loads(line)
-    if entry.get("executable") and entry["target"]["name"] == "cuda": print(entry["executable"])')
-    cargo build --release --example step --bin tune
-    cp "$binary" .gpu/cuda
-    cp target/release/examples/step .gpu/step
-    cp target/release/tune .gpu/tune
-    strip .gpu/cuda .gpu/step .gpu/tune
+    if entry.get("executable") and entry["target"]["kind"] == ["test"]: print(entry["executable"])')
+        cp "$binary" .gpu/$test
+    done
+    cp target/release/examples/step target/release/examples/wgsl target/release/tune .gpu/
+    strip .gpu/cuda .gpu/golden .gpu/step .gpu/wgsl .gpu/tune
     ls -la .gpu
     exit
 fi

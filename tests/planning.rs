@@ -4,7 +4,7 @@
 use tune::backend::cuda::KnownCard;
 use tune::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
 use tune::program::plan::{PlanError, plan};
-use tune::program::{BufferId, DType, Kind, Plan, Role, Target};
+use tune::program::{BufferId, DType, Kind, Op, Plan, Role, Target};
 use tune::train::checkpoint::PlanChoice;
 use tune::train::planning::{PlanningError, Search};
 
@@ -53,6 +53,45 @@ fn card(name: &str) -> Target {
 /// A card of which a run may take this many bytes.
 fn budget(card: Target, bytes: f64) -> Target {
     Target { memory: Some(bytes as u64), ..card }
+}
+
+/// An MLP that goes through in parts, for a part is all that an allocation takes, drops other elements in each of them, and
+/// the same in the backward pass, which makes it again.
+#[test]
+fn parts_of_an_mlp_draw_masks_of_their_own() {
+    let config = config("smollm2-135m");
+    let Method::Lora { adapter, weights } = lora() else { unreachable!("it is") };
+    let method = Method::Lora { adapter: AdapterOptions { dropout: 0.1, ..adapter }, weights };
+    let row = 2 * 2 * config.intermediate_size as u64;
+    let target = Target { largest_segment: 256 * row, ..card("H100") };
+    for recompute in [Recompute::None, Recompute::All] {
+        let sizes = vec![640];
+        let options = TrainingOptions { sizes, recompute: vec![recompute; config.layers], ..options(method.clone()) };
+        let workload = training_workload(&config, &options, &target).expect("a workload");
+        let micro = workload.programs.iter().find(|program| program.role == Role::Micro).expect("a micro-batch");
+        for module in ["gate_up", "down"] {
+            let name = format!("layers.3.mlp.{module}");
+            let (mut forward, mut backward) = (Vec::new(), Vec::new());
+            for step in &micro.steps {
+                match &step.op {
+                    Op::Linear { projections, .. } if step.name == name => {
+                        let lora = projections[0].lora.as_ref().expect("a branch");
+                        forward.push(lora.dropout.expect("dropout").stream);
+                    }
+                    Op::LinearBackward { projections, .. } if step.name == format!("{name}.backward") => {
+                        let lora = projections[0].lora.as_ref().expect("a branch");
+                        backward.push(lora.dropout.expect("dropout").stream);
+                    }
+                    _ => {}
+                }
+            }
+            forward.sort_unstable();
+            forward.dedup();
+            backward.sort_unstable();
+            assert_eq!(forward.len(), 3, "{module}: 640 tokens in parts of 256");
+            assert_eq!(forward, backward, "{module}");
+        }
+    }
 }
 
 fn search(

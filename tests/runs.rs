@@ -140,6 +140,33 @@ fn eight_bit_optimizer_states_resume_bit_for_bit() {
     assert_same_updates(&folder, &reference);
 }
 
+/// On a software adapter, which must be named: `auto` takes another device.
+#[test]
+fn a_run_on_the_wgsl_engine_is_killed_and_resumes_bit_for_bit() {
+    let adapter = tune::backend::wgpu::adapters().into_iter().find(|adapter| adapter.software);
+    let adapter = adapter.expect("no software Vulkan adapter: run tests/mesa.sh");
+    let bench = Bench::new();
+    assert_eq!(bench.train(&["--json"], &["train.steps=1"]).code, 0);
+    let auto = bench.only_run();
+    assert!(!events(&auto)[0].to_string().contains(&adapter.name), "{}", events(&auto)[0]);
+    assert_eq!(bench.tune(&["rm", "--yes", &name(&auto)]).code, 0);
+
+    let device = format!("engine.device=wgpu:{}", adapter.index);
+    let short = ["train.steps=16", "train.batch=4", "train.save_every=5", "train.eval_every=8"];
+    let settings = [&short[..], &[device.as_str(), "train.optimizer=adamw8bit"]].concat();
+    let output = bench.train(&["--json"], &settings);
+    assert_eq!(output.code, 0, "{}", output.all());
+    let reference = bench.only_run();
+    assert!(events(&reference)[0].to_string().contains(&adapter.name), "{}", events(&reference)[0]);
+    let folder = bench.detached(&settings);
+    until_step(&folder, 7);
+    kill(worker(&folder), "KILL");
+    until("the end of the worker", || tune::run::lock::holder(&folder.join("worker.lock")).is_none().then_some(()));
+    let resumed = bench.tune(&["resume", "--json", &name(&folder)]);
+    assert_eq!(resumed.code, 0, "{}", resumed.all());
+    assert_same_updates(&folder, &reference);
+}
+
 #[test]
 fn a_worker_killed_at_any_moment_resumes_bit_for_bit() {
     let bench = Bench::new();

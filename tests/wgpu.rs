@@ -13,7 +13,7 @@ use tune::model::{
     generation_workload, names, training_workload,
 };
 use tune::program::plan::{PlanError, plan};
-use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, random};
+use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, block8, random};
 use tune::train::planning::{PlanningError, Search};
 
 const TOKENS: usize = 72;
@@ -104,13 +104,24 @@ fn write_inputs(session: &mut dyn Session) {
             (Kind::Scalar, "loss_scale") => Some(vec![1.0 / 37.0]),
             (Kind::Scalar, "lora_scale") => Some(vec![2.0]),
             (Kind::Optimizer, "exp_avg_sq") => Some((0..count).map(|i| number(id.0, i as u32) * 0.01).collect()),
+            (Kind::Optimizer, _) => Some((0..count).map(|i| (number(id.0, i as u32) - 0.5) * 0.2).collect()),
             (kind, _) if buffer.dtype == DType::F32 && !kind.is_transient() => {
                 Some((0..count).map(|i| (number(id.0, i as u32) - 0.5) * 0.2).collect())
             }
             _ => None,
         };
-        if let Some(values) = floats {
-            session.write(id, bytemuck::cast_slice(&values)).expect("written");
+        match floats {
+            Some(values) if buffer.dtype == DType::Block8 => {
+                let map = if part == "exp_avg_sq" { block8::Map::Unsigned } else { block8::Map::Signed };
+                let mut bytes = vec![0; buffer.bytes() as usize];
+                let (scales, codes) = block8::split_mut(&mut bytes, count);
+                let blocks =
+                    values.chunks(block8::BLOCK).zip(scales.chunks_mut(4)).zip(codes.chunks_mut(block8::BLOCK));
+                blocks.for_each(|((values, scale), codes)| block8::pack(map, values, scale, codes));
+                session.write(id, &bytes).expect("written");
+            }
+            Some(values) => session.write(id, bytemuck::cast_slice(&values)).expect("written"),
+            None => {}
         }
     }
 }
@@ -145,11 +156,21 @@ fn check(reference: &mut dyn Session, session: &mut dyn Session, tolerance: f64)
                 if access == Access::Read || buffer.kind == Kind::Workspace {
                     continue;
                 }
-                let (want, got) = (read(reference, id), read(session, id));
-                assert_eq!(buffer.dtype, DType::F32);
-                let (want, got): (&[f32], &[f32]) = (bytemuck::cast_slice(&want), bytemuck::cast_slice(&got));
+                let [want, got] = [read(reference, id), read(session, id)].map(|bytes| match buffer.dtype {
+                    DType::Block8 => {
+                        let second = buffer.name.ends_with("exp_avg_sq");
+                        let map = if second { block8::Map::Unsigned } else { block8::Map::Signed };
+                        block8::decode(map, &bytes, buffer.elements())
+                    }
+                    dtype => {
+                        assert_eq!(dtype, DType::F32);
+                        bytemuck::pod_collect_to_vec(&bytes)
+                    }
+                });
+                // A value between two codes may go to either.
+                let tolerance = if buffer.dtype == DType::Block8 { 1e-2 } else { tolerance };
                 let norm = want.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-                let difference = want.iter().zip(got).map(|(&x, &y)| f64::from(x - y).powi(2)).sum::<f64>().sqrt();
+                let difference = want.iter().zip(&got).map(|(&x, &y)| f64::from(x - y).powi(2)).sum::<f64>().sqrt();
                 let error = difference / (norm + 1e-12);
                 if error.is_nan() || error > tolerance {
                     worst.push((error, format!("{}: {} ({}): {}", entry.name, step.name, step.op.name(), buffer.name)));
@@ -228,6 +249,23 @@ fn dropout_draws_the_same_mask_as_the_cpu_engine() {
 fn every_operation_of_full_training_agrees_with_the_cpu_engine() {
     let model = tiny("qwen2");
     compare(&model, |target| training(&model, Method::Full, target), &software(true));
+}
+
+/// With 8-bit states too, of parameters in more than one binding.
+#[test]
+fn optimizer_states_in_8_bits_agree_with_the_cpu_engine() {
+    let model = tiny("qwen2");
+    let workload = |target: &Target| {
+        let options = TrainingOptions {
+            sizes: vec![TOKENS],
+            recompute: vec![Recompute::None; model.config.layers],
+            eight_bit: true,
+            ..training_options(Method::Full)
+        };
+        training_workload(&model.config, &options, target).expect("a workload")
+    };
+    compare(&model, workload, &software(true));
+    compare(&model, workload, &Options { narrow: Some([100 << 10, 400 << 10]), ..software(true) });
 }
 
 /// A model most of whose matrices, and whose caches, are above the limits that it is given: they lie in several buffers, and

@@ -169,14 +169,22 @@ impl<'a> Graph<'a> {
         self.builder.persistent(&format!("{name}.grad"), shape, DType::F32, Kind::Gradient)
     }
 
-    fn dropout(&mut self, module: &Module) -> Option<Dropout> {
+    /// Dropout of a branch. Masks count tokens from the start of an operation: where one takes the tokens from `first` on of many,
+    /// it draws from a stream of its own.
+    fn dropout(&mut self, module: &Module, first: usize) -> Option<Dropout> {
+        let part = if first == 0 { String::new() } else { format!(" from token {first}") };
         let probability = self.adapter.map_or(0.0, |adapter| adapter.dropout);
         let trains = self.trained == Trained::Adapter;
         (trains && probability > 0.0).then(|| Dropout {
             probability,
             key: self.scalar("random_key", 4, DType::U32),
-            stream: random::stream(&module.path),
+            stream: random::stream(&format!("{}{part}", module.path)),
         })
+    }
+
+    /// The first token of an operation between these buffers, where they are parts of larger ones.
+    fn first_token(&self, buffers: [BufferId; 2]) -> usize {
+        buffers.iter().filter_map(|&id| self.builder.buffer(id).within).map(|(_, first)| first).max().unwrap_or(0)
     }
 
     /// Emits projections that share `input`; their outputs lie side by side in one new buffer.
@@ -201,6 +209,7 @@ impl<'a> Graph<'a> {
         let middle = (ranks > 0).then(|| self.activation(&format!("{name}.lora"), tokens, ranks));
         let mut projections = Vec::new();
         let (mut column, mut rank_column) = (0, 0);
+        let first = self.first_token([input, output]);
         for module in &modules {
             let weight = self.weight(&module.weight(), &[module.outputs, module.inputs], true);
             let bias = module.bias.then(|| self.weight(&module.bias(), &[module.outputs], false));
@@ -210,7 +219,7 @@ impl<'a> Graph<'a> {
                     b: self.lora_matrix(&module.lora_b(), &[module.outputs, rank]),
                     middle: Columns { buffer, start: rank_column, width: rank },
                     scale: self.scalar("lora_scale", 1, DType::F32),
-                    dropout: if training { self.dropout(module) } else { None },
+                    dropout: if training { self.dropout(module, first) } else { None },
                 };
                 rank_column += rank;
                 lora
@@ -254,6 +263,7 @@ impl<'a> Graph<'a> {
         });
         let mut projections = Vec::new();
         let (mut column, mut rank_column) = (0, 0);
+        let first = self.first_token([input, grad_output]);
         for module in &group.modules {
             let shape = [module.outputs, module.inputs];
             let weight = self.weight(&module.weight(), &shape, true);
@@ -270,7 +280,7 @@ impl<'a> Graph<'a> {
                     grad_a: self.lora_gradient(&module.lora_a(), &shape_a),
                     grad_b: self.lora_gradient(&module.lora_b(), &shape_b),
                     scale: self.scalar("lora_scale", 1, DType::F32),
-                    dropout: self.dropout(module),
+                    dropout: self.dropout(module, first),
                 };
                 rank_column += rank;
                 lora

@@ -73,6 +73,11 @@ impl Target {
         self.engine == "cuda"
     }
 
+    /// Tokens of which a micro-batch beyond the usual sizes is a multiple: what tiles on cooperative matrices divide.
+    pub fn token_unit(&self) -> usize {
+        if self.engine == "wgpu" { 64 } else { 1 }
+    }
+
     /// Whether copies between device and host run beside other operations.
     pub fn copies_beside(&self) -> bool {
         self.engine == "cuda"

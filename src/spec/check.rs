@@ -33,7 +33,7 @@ pub const CAPABILITIES: [Capabilities; 3] = [
         engine: "wgpu",
         precisions: &["f32", "f16"],
         weights: &["nf4", "int8"],
-        optimizers: &[Optimizer::AdamW],
+        optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
         optimizer_memory: &["device"],
         recompute: &["none", "all"],
     },

@@ -128,7 +128,7 @@ impl Search<'_> {
         let Some(smallest) = cover(self.longest_row).or(sizes.last().copied()) else {
             return Err(ModelError::Request("the target names no micro-batch sizes".into()).into());
         };
-        let smallest = smallest.max(self.longest_row);
+        let smallest = smallest.max(self.longest_row.next_multiple_of(self.target.token_unit()));
         let largest = cover(self.update_tokens).or(sizes.last().copied()).unwrap_or(smallest).max(smallest);
         let mut tops: Vec<usize> = sizes.iter().copied().filter(|&s| s > smallest && s <= largest).collect();
         tops.insert(0, smallest);

@@ -15,7 +15,7 @@ impl Lowering<'_> {
         match op {
             Op::Cast { pairs } => {
                 let pairs = pairs.iter().map(|&(from, to)| [self.view(from), self.view(to)]).collect();
-                for [from, to] in self.ranges(pairs) {
+                for [from, to] in self.ranges(pairs, UNIT) {
                     let mut call = self.call("cast");
                     self.bind(&mut call, "input", &from);
                     self.bind(&mut call, "output", &to);
@@ -27,7 +27,7 @@ impl Lowering<'_> {
             Op::Zero { buffers } => {
                 // As words: a buffer of halves with an odd count has room for one more.
                 let buffers = buffers.iter().map(|&id| [self.view(id)]).collect();
-                for [range] in self.ranges(buffers) {
+                for [range] in self.ranges(buffers, UNIT) {
                     let words = (range.bytes() as usize).div_ceil(4);
                     let mut call = self.call("zero");
                     let words_view = View { dtype: DType::U32, stride: words, width: words, ..range };
@@ -39,7 +39,7 @@ impl Lowering<'_> {
             }
             Op::GradientNorm { gradients, norm } => {
                 let gradients = gradients.iter().map(|&id| [self.view(id)]).collect();
-                let ranges = self.ranges(gradients);
+                let ranges = self.ranges(gradients, UNIT);
                 let total = ranges.iter().map(|[range]| norm_groups(range.stride)).sum();
                 let parts = self.scratch(total);
                 let mut first = 0;
@@ -62,21 +62,33 @@ impl Lowering<'_> {
                 let plan = self.plan;
                 let eight_bit = |id: BufferId| plan.workload.buffer(id).dtype == DType::Block8;
                 for part in parts.iter().filter(|part| eight_bit(part.first_moment)) {
-                    let parameter = self.view(part.parameter).flat();
-                    let mut call = self.call("adamw_block8");
-                    self.bind(&mut call, "parameter", &parameter);
-                    self.bind(&mut call, "gradient", &self.view(part.gradient).flat());
-                    self.bind_words(&mut call, "first_moment", &self.view(part.first_moment));
-                    self.bind_words(&mut call, "second_moment", &self.view(part.second_moment));
-                    self.bind(&mut call, "norm", &self.view(*norm));
-                    self.bind(&mut call, "hyper", &self.view(*hyper));
-                    self.bind(&mut call, "table", &tables::view());
-                    call.number("count", parameter.stride).float("max_grad_norm", *max_grad_norm);
-                    call.float("beta1", betas[0]).float("beta2", betas[1]);
-                    call.float("epsilon", *epsilon).float("weight_decay", *weight_decay);
-                    let blocks = parameter.stride.div_ceil(block8::BLOCK);
-                    call.number("blocks", blocks);
-                    self.launch(call, [blocks.min(65535), blocks.div_ceil(65535), 1])?;
+                    let both = [self.view(part.parameter), self.view(part.gradient)];
+                    let all = both[0].flat().stride.div_ceil(block8::BLOCK);
+                    let mut first = 0usize;
+                    for [parameter, gradient] in self.ranges(vec![both], block8::BLOCK) {
+                        if !first.is_multiple_of(block8::BLOCK) {
+                            let name = &plan.workload.buffer(part.parameter).name;
+                            let what =
+                                format!("8-bit states of {name}, which this adapter's memory cuts within a block");
+                            return Err(EngineError::Unsupported { engine: super::super::adapter::ENGINE, what });
+                        }
+                        let mut call = self.call("adamw_block8");
+                        self.bind(&mut call, "parameter", &parameter);
+                        self.bind(&mut call, "gradient", &gradient);
+                        self.bind_words(&mut call, "first_moment", &self.view(part.first_moment));
+                        self.bind_words(&mut call, "second_moment", &self.view(part.second_moment));
+                        self.bind(&mut call, "norm", &self.view(*norm));
+                        self.bind(&mut call, "hyper", &self.view(*hyper));
+                        self.bind(&mut call, "table", &tables::view());
+                        call.number("count", parameter.stride).float("max_grad_norm", *max_grad_norm);
+                        call.float("beta1", betas[0]).float("beta2", betas[1]);
+                        call.float("epsilon", *epsilon).float("weight_decay", *weight_decay);
+                        let blocks = parameter.stride.div_ceil(block8::BLOCK);
+                        call.number("blocks", blocks).number("all_blocks", all);
+                        call.number("first_block", first / block8::BLOCK);
+                        self.launch(call, [blocks.min(65535), blocks.div_ceil(65535), 1])?;
+                        first += parameter.stride;
+                    }
                 }
                 let views = parts
                     .iter()
@@ -84,7 +96,7 @@ impl Lowering<'_> {
                     .map(|part| [part.parameter, part.gradient, part.first_moment, part.second_moment])
                     .map(|ids| ids.map(|id| self.view(id)))
                     .collect();
-                for [parameter, gradient, first, second] in self.ranges(views) {
+                for [parameter, gradient, first, second] in self.ranges(views, UNIT) {
                     if !matches!(parameter.dtype, DType::F32) {
                         return Err(EngineError::Unsupported {
                             engine: super::super::adapter::ENGINE,
@@ -110,8 +122,8 @@ impl Lowering<'_> {
     }
 
     /// Flat ranges that cover `tensors`: neighbours joined, padding between them included, and cut where a binding or a piece of
-    /// memory ends. All views of a range have the same number of elements.
-    fn ranges<const N: usize>(&self, tensors: Vec<[View; N]>) -> Vec<[View; N]> {
+    /// memory ends, at multiples of `unit` elements for a binding. All views of a range have the same number of elements.
+    fn ranges<const N: usize>(&self, tensors: Vec<[View; N]>, unit: usize) -> Vec<[View; N]> {
         let mut ranges: Vec<[View; N]> = Vec::new();
         for views in tensors {
             let views = views.map(|view| view.flat());
@@ -133,8 +145,8 @@ impl Lowering<'_> {
             ranges.push(views);
         }
         let most = |range: &[View; N]| {
-            let widest = range.iter().map(|view| view.dtype.bytes(&[UNIT])).max().unwrap_or(1);
-            ((self.facts.limits.binding / widest) as usize * UNIT).max(UNIT)
+            let widest = range.iter().map(|view| view.dtype.bytes(&[unit])).max().unwrap_or(1);
+            ((self.facts.limits.binding / widest) as usize * unit).max(unit)
         };
         let mut parts = Vec::new();
         for range in ranges {
