@@ -266,6 +266,21 @@ fn optimizer_states_in_8_bits_agree_with_the_cpu_engine() {
     };
     compare(&model, workload, &software(true));
     compare(&model, workload, &Options { narrow: Some([100 << 10, 400 << 10]), ..software(true) });
+    // Four times the words: the states of the embedding are above a binding too.
+    let config = ModelConfig { vocab_size: 2048, ..model.config.clone() };
+    let options = Options { narrow: Some([100 << 10, 400 << 10]), ..software(true) };
+    let target = wgpu::target(&options).expect("a target");
+    let training = TrainingOptions {
+        sizes: vec![TOKENS],
+        recompute: vec![Recompute::None; config.layers],
+        eight_bit: true,
+        ..training_options(Method::Full)
+    };
+    let workload = training_workload(&config, &training, &target).expect("a workload");
+    let plan = plan(workload, target).expect("a plan");
+    let weights = Arc::new(RandomWeights::new(&config, 7));
+    let refused = wgpu::open(plan, weights, &options).err().expect("states above a binding").to_string();
+    assert!(refused.contains("8-bit states of model.embed_tokens.weight") && refused.contains("adamw"), "{refused}");
 }
 
 /// A model most of whose matrices, and whose caches, are above the limits that it is given: they lie in several buffers, and

@@ -73,8 +73,8 @@ pub trait Session {
     /// Runs a program; may return before the device is done.
     fn run(&mut self, program: usize) -> Result<(), EngineError>;
 
-    /// Runs some of a program's operations one after the other, without any graph. Where an engine takes two together
-    /// ([`Op::may_join`](crate::program::Op::may_join)), the second is only there with the first.
+    /// Runs some of a program's operations one after the other, without any graph. Where an engine takes some together
+    /// ([`Op::may_join`](crate::program::Op::may_join)), a later one is only whole with those before it.
     fn run_steps(&mut self, program: usize, steps: std::ops::Range<usize>) -> Result<(), EngineError>;
 
     /// Whether the engine does without an operation: nothing reads what it would write, for the engine has what is made of it

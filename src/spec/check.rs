@@ -1,7 +1,7 @@
 //! What no single key can say: keys that contradict each other, and what an engine cannot do yet.
 
 use super::parse::{Problem, SpecError};
-use super::{MethodKind, Optimizer, RunSpec, TrainData};
+use super::{MethodKind, RunSpec, TrainData};
 
 /// What an engine can do today. Whoever teaches an engine more adds a word here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,7 +12,6 @@ pub struct Capabilities {
     pub precisions: &'static [&'static str],
     /// Values of `model.weights` beside `auto`; `nf4` is what qlora needs.
     pub weights: &'static [&'static str],
-    pub optimizers: &'static [Optimizer],
     /// Values of `train.optimizer_memory` beside `auto`.
     pub optimizer_memory: &'static [&'static str],
     /// Values of `engine.recompute` beside `auto`.
@@ -25,7 +24,6 @@ pub const CAPABILITIES: [Capabilities; 3] = [
         engine: "cpu",
         precisions: &["f32"],
         weights: &["nf4", "int8"],
-        optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
         optimizer_memory: &["device"],
         recompute: &["none", "all"],
     },
@@ -33,7 +31,6 @@ pub const CAPABILITIES: [Capabilities; 3] = [
         engine: "wgpu",
         precisions: &["f32", "f16"],
         weights: &["nf4", "int8"],
-        optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
         optimizer_memory: &["device"],
         recompute: &["none", "all"],
     },
@@ -41,7 +38,6 @@ pub const CAPABILITIES: [Capabilities; 3] = [
         engine: "cuda",
         precisions: &["bf16", "fp8"],
         weights: &["nf4", "int8", "fp8"],
-        optimizers: &[Optimizer::AdamW, Optimizer::AdamW8bit],
         optimizer_memory: &["device", "host"],
         recompute: &["none", "all"],
     },
@@ -80,10 +76,6 @@ impl Capabilities {
         let recompute = spec.engine.recompute.as_str();
         if recompute != "auto" && !self.recompute.contains(&recompute) {
             refuse("engine.recompute", recompute, self.recompute, "");
-        }
-        if !self.optimizers.contains(&spec.train.optimizer) {
-            let message = format!("train.optimizer = \"adamw8bit\": the {} engine cannot do that yet", self.engine);
-            problems.push(Problem::new("train.optimizer", message).hint("it does adamw"));
         }
         if spec.method.kind == MethodKind::Qlora && !self.weights.contains(&"nf4") {
             let message = format!("method.kind = \"qlora\": the {} engine has no NF4 weights yet", self.engine);

@@ -3,7 +3,7 @@
 use super::planning::{RecomputeChoice, Search};
 use crate::model::{AdapterOptions, Method, TrainingOptions, names};
 use crate::program::DType;
-use crate::spec::{Capabilities, MethodSpec, Optimizer};
+use crate::spec::{Capabilities, MethodSpec};
 
 /// Lengths of rows that are tried differ by this many tokens.
 const LENGTH_STEP: usize = 64;
@@ -41,16 +41,11 @@ fn of_memory<'a>(search: &Search<'a>) -> Vec<Change<'a>> {
     if search.host_optimizer == Some(false) && search.target.reaches_host() {
         change("train.optimizer_memory = \"auto\"", Search { host_optimizer: None, ..search.clone() });
     }
-    if !search.options.eight_bit && has_eight_bit_states(search) {
+    if !search.options.eight_bit {
         let options = TrainingOptions { eight_bit: true, ..search.options.clone() };
         change("train.optimizer = \"adamw8bit\"", Search { options, ..search.clone() });
     }
     changes
-}
-
-fn has_eight_bit_states(search: &Search<'_>) -> bool {
-    let engine = Capabilities::of(search.target.engine);
-    engine.is_some_and(|engine| engine.optimizers.contains(&Optimizer::AdamW8bit))
 }
 
 /// The longest rows that fit.

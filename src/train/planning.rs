@@ -128,8 +128,7 @@ impl Search<'_> {
         let Some(smallest) = cover(self.longest_row).or(sizes.last().copied()) else {
             return Err(ModelError::Request("the target names no micro-batch sizes".into()).into());
         };
-        let row = self.longest_row.next_multiple_of(self.target.token_unit());
-        let smallest = smallest.max(row);
+        let smallest = smallest.max(self.longest_micro());
         let largest = cover(self.update_tokens).or(sizes.last().copied()).unwrap_or(smallest).max(smallest);
         let mut tops: Vec<usize> = sizes.iter().copied().filter(|&s| s > smallest && s <= largest).collect();
         tops.insert(0, smallest);
@@ -427,11 +426,15 @@ impl Search<'_> {
         Ok(plan.with_workspace(bytes)?)
     }
 
+    /// Tokens of a micro-batch for the longest row, where that is beyond the usual sizes.
+    fn longest_micro(&self) -> usize {
+        self.longest_row.next_multiple_of(self.target.token_unit())
+    }
+
     /// Whether the longest row fits somehow: the way that takes the least, and what the host can hold of it.
     pub(super) fn fits_somehow(&self) -> bool {
         let sizes = &self.target.micro_sizes;
-        let row = self.longest_row.next_multiple_of(self.target.token_unit());
-        let top = sizes.iter().copied().find(|&size| size >= self.longest_row).unwrap_or(row);
+        let top = sizes.iter().copied().find(|&size| size >= self.longest_row).unwrap_or(self.longest_micro());
         let route = self.routes(top).last().copied().unwrap_or_default();
         let fits = |search: &Self| matches!(search.first_that_fits(&[top], &search.stages(route).list, 0), Ok(Some(_)));
         fits(self) || self.host_optimizer.is_none() && fits(&self.with_host_optimizer())

@@ -10,6 +10,7 @@ pub mod bitsandbytes;
 pub mod cases;
 pub mod ops;
 pub mod quantized;
+pub mod writer;
 
 use std::collections::HashMap;
 use std::sync::Arc;

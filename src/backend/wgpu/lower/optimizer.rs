@@ -64,13 +64,21 @@ impl Lowering<'_> {
                 for part in parts.iter().filter(|part| eight_bit(part.first_moment)) {
                     let both = [self.view(part.parameter), self.view(part.gradient)];
                     let all = both[0].flat().stride.div_ceil(block8::BLOCK);
+                    let refused = |why: String| {
+                        let name = &plan.workload.buffer(part.parameter).name;
+                        let what = format!("8-bit states of {name}: {why}; use train.optimizer = \"adamw\"");
+                        EngineError::Unsupported { engine: super::super::adapter::ENGINE, what }
+                    };
+                    let (states, binding) = (self.view(part.first_moment).bytes(), self.facts.limits.binding);
+                    if states > binding {
+                        return Err(refused(format!(
+                            "they take {states} bytes, and the adapter binds at most {binding}"
+                        )));
+                    }
                     let mut first = 0usize;
                     for [parameter, gradient] in self.ranges(vec![both], block8::BLOCK) {
                         if !first.is_multiple_of(block8::BLOCK) {
-                            let name = &plan.workload.buffer(part.parameter).name;
-                            let what =
-                                format!("8-bit states of {name}, which this adapter's memory cuts within a block");
-                            return Err(EngineError::Unsupported { engine: super::super::adapter::ENGINE, what });
+                            return Err(refused("the adapter's memory cuts the parameter within a block".into()));
                         }
                         let mut call = self.call("adamw_block8");
                         self.bind(&mut call, "parameter", &parameter);
