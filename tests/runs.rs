@@ -9,8 +9,9 @@ use workbench::{
     Bench, assert_whole_checkpoints, events, finish, kill, name, of_kind, until, until_step, updates, worker,
 };
 
-/// Long enough to be interrupted, short enough to be waited for.
-const LONG: &[&str] = &["train.steps=60", "train.batch=4", "train.save_every=5", "train.eval_every=20"];
+/// Long enough to be interrupted (some seconds, where a signal and a look at the journal take milliseconds), short enough
+/// to be waited for.
+const LONG: &[&str] = &["train.steps=150", "train.batch=32", "train.save_every=5", "train.eval_every=20"];
 /// Goes on until it is stopped.
 const ENDLESS: &[&str] = &["train.steps=1000000", "train.batch=4", "train.save_every=0.9", "train.eval_every=0"];
 
@@ -90,7 +91,7 @@ fn killing_whoever_watches_leaves_the_run_alone() {
         }
         let waited = bench.tune(&["wait", &name(&folder), "--json"]);
         assert_eq!(waited.code, 0, "{}", waited.all());
-        assert_eq!(waited.json()["step"], 60);
+        assert_eq!(waited.json()["step"], 150);
         assert_eq!(bench.tune(&["rm", "--yes", &name(&folder)]).code, 0);
     }
 }
@@ -187,7 +188,12 @@ fn a_worker_killed_at_any_moment_resumes_bit_for_bit() {
         if over {
             break;
         }
-        kill(worker(&folder), "KILL");
+        // It may have come to its end since the last look.
+        if let Some(holder) = tune::run::lock::holder(&folder.join("worker.lock"))
+            && holder.process != 0
+        {
+            kill(holder.process, "KILL");
+        }
         until("the end of the worker", || tune::run::lock::holder(&folder.join("worker.lock")).is_none().then_some(()));
         if events(&folder).last().unwrap()["event"] != "finished" {
             assert_eq!(bench.summary(&folder)["state"], "dead");
