@@ -2,9 +2,27 @@
 // maximum and sum (Dao 2023, arXiv 2307.08691): no score leaves the workgroup. Token t sees s when
 // max(document_start[t], t - window + 1) <= s <= t. log_sum_exp is kept for the backward pass.
 #include attention_tiles
+#if MORE
+// Adds `share` of the value to the rest of the one that is there.
+fn put_more(row: u32, column: u32, head: u32, v: vec4<f32>, share: f32) {
+  if (row >= p.tokens || column >= HEAD_DIM) { return; }
+  let at = (row - p.query_first) * p.output_stride + head * HEAD_DIM + column;
+#if RAGGED
+#for i 4
+  if (column + {i}u < HEAD_DIM) { output_put(at + {i}u, mix(output_get(at + {i}u), v[{i}], share)); }
+#end
+#else
+  output_put4(at, mix(output_get4(at), v, share));
+#end
+}
+#end
 fn put(row: u32, column: u32, head: u32, v: vec4<f32>) {
   if (row >= p.tokens || column >= HEAD_DIM) { return; }
+#if RANGES
+  let at = (row - p.query_first) * p.output_stride + head * HEAD_DIM + column;
+#else
   let at = row * p.output_stride + head * HEAD_DIM + column;
+#end
 #if RAGGED
   output_put(at, v.x);
   if (column + 1u < HEAD_DIM) { output_put(at + 1u, v.y); }
@@ -16,7 +34,11 @@ fn put(row: u32, column: u32, head: u32, v: vec4<f32>) {
 }
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+#if RANGES
+  let first = p.query_first + group.x * 32u;
+#else
   let first = group.x * 32u;
+#end
   let head = group.y;
   let kv_head = head / p.group;
   let y = thread / 16u;
@@ -26,8 +48,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let lowest_a = lowest_key(min(row, last_token));
   let lowest_b = lowest_key(min(row + 1u, last_token));
   if (thread == 0u) { bound = lowest_a; }
+#if RANGES
+  let begin = max(workgroupUniformLoad(&bound) / 32u * 32u, p.key_first);
+  let end = min(first + 32u, p.key_end);
+#else
   let begin = workgroupUniformLoad(&bound) / 32u * 32u;
   let end = min(first + 32u, p.tokens);
+#end
+#if MORE
+  if (begin >= end) { return; }
+  let row_a = min(row, last_token);
+  let row_b = min(row + 1u, last_token);
+  let before = vec2<f32>(log_sum_exp_get(row_a * p.heads + head), log_sum_exp_get(row_b * p.heads + head));
+  storageBarrier();
+#end
   var highest = vec2<f32>(-1e30);
   var total = vec2<f32>();
 #for c CHUNKS
@@ -90,10 +124,26 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 #end
   }
+#if MORE
+  // Both results by their sums of exponentials. A row that sees none of these keys stays as it is.
+  let some = total > vec2<f32>();
+  let lse = highest + log(total);
+  let share = select(vec2<f32>(), 1.0 / (1.0 + exp(before - lse)), some);
+  total = select(vec2<f32>(1.0), total, some);
+#for c CHUNKS
+  put_more(row, {c}u * 64u + x * 4u, head, o_a{c} / total.x, share.x);
+  put_more(row + 1u, {c}u * 64u + x * 4u, head, o_b{c} / total.y, share.y);
+#end
+  let top = max(before, lse);
+  let both = select(before, top + log(exp(before - top) + exp(lse - top)), some);
+  if (x == 0u && row < p.tokens) { log_sum_exp_put(row * p.heads + head, both.x); }
+  if (x == 0u && row + 1u < p.tokens) { log_sum_exp_put((row + 1u) * p.heads + head, both.y); }
+#else
 #for c CHUNKS
   put(row, {c}u * 64u + x * 4u, head, o_a{c} / total.x);
   put(row + 1u, {c}u * 64u + x * 4u, head, o_b{c} / total.y);
 #end
   if (x == 0u && row < p.tokens) { log_sum_exp_put(row * p.heads + head, highest.x + log(total.x)); }
   if (x == 0u && row + 1u < p.tokens) { log_sum_exp_put((row + 1u) * p.heads + head, highest.y + log(total.y)); }
+#end
 }

@@ -3,7 +3,11 @@
 #include attention_backward_tiles
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+#if RANGES
+  let first = p.key_first + group.x * 32u;
+#else
   let first = group.x * 32u;
+#end
   let kv_head = group.y;
   let y = thread / 16u;
   let x = thread % 16u;
@@ -16,7 +20,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     bound = min(bound, last_key + p.window);
 #end
   }
+#if RANGES
+  let end = min(workgroupUniformLoad(&bound), p.query_end);
+#else
   let end = min(workgroupUniformLoad(&bound), p.tokens);
+#end
 #for c CHUNKS
   var o_a{c} = vec4<f32>();
   var o_b{c} = vec4<f32>();
@@ -24,7 +32,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var v_b{c} = vec4<f32>();
 #end
   for (var head = kv_head * p.group; head < (kv_head + 1u) * p.group; head++) {
+#if RANGES
+  for (var query0 = max(first, p.query_first); query0 < end; query0 += 32u) {
+#else
   for (var query0 = first; query0 < end; query0 += 32u) {
+#end
     var s = vec4<f32>();
     for (var column = 0u; column < HEAD_DIM; column += 32u) {
       workgroupBarrier();

@@ -3,7 +3,11 @@
 #include attention_backward_tiles
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+#if RANGES
+  let first = p.query_first + group.x * 32u;
+#else
   let first = group.x * 32u;
+#end
   let head = group.y;
   let kv_head = head / p.group;
   let y = thread / 16u;
@@ -17,8 +21,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let lse = vec2<f32>(log_sum_exp_get(row_a * p.heads + head), log_sum_exp_get(row_b * p.heads + head));
   let mean = vec2<f32>(delta_get(row_a * p.heads + head), delta_get(row_b * p.heads + head));
   if (thread == 0u) { bound = lowest_a; }
+#if RANGES
+  let begin = max(workgroupUniformLoad(&bound) / 32u * 32u, p.key_first);
+  let end = min(first + 32u, p.key_end);
+#else
   let begin = workgroupUniformLoad(&bound) / 32u * 32u;
   let end = min(first + 32u, p.tokens);
+#end
 #for c CHUNKS
   var o_a{c} = vec4<f32>();
   var o_b{c} = vec4<f32>();

@@ -2,7 +2,11 @@
 #include attention_tiles
 fn grad(row: u32, column: u32, head: u32) -> vec4<f32> {
   if (row >= p.tokens || column >= HEAD_DIM) { return vec4<f32>(); }
+#if RANGES
+  let at = (row - p.query_first) * p.output_stride + head * HEAD_DIM + column;
+#else
   let at = row * p.output_stride + head * HEAD_DIM + column;
+#end
 #if RAGGED
   var four = vec4<f32>(grad_output_get(at), 0.0, 0.0, 0.0);
   if (column + 1u < HEAD_DIM) { four.y = grad_output_get(at + 1u); }
@@ -13,10 +17,23 @@ fn grad(row: u32, column: u32, head: u32) -> vec4<f32> {
   return grad_output_get4(at);
 #end
 }
-// Writes four columns of a row of the gradient from `start` on.
+// Writes four columns of a row of the gradient from `start` on; of ranges it begins at the row grad_first.
 fn put_four(row: u32, column: u32, start: u32, v: vec4<f32>) {
   if (row >= p.tokens || column >= HEAD_DIM) { return; }
+#if RANGES
+  let at = (row - p.grad_first) * p.stride + start + column;
+#else
   let at = row * p.stride + start + column;
+#end
+#if MORE
+#if RAGGED
+#for i 4
+  if (column + {i}u < HEAD_DIM) { grad_qkv_put(at + {i}u, grad_qkv_get(at + {i}u) + v[{i}]); }
+#end
+#else
+  grad_qkv_put4(at, grad_qkv_get4(at) + v);
+#end
+#else
 #if RAGGED
   grad_qkv_put(at, v.x);
   if (column + 1u < HEAD_DIM) { grad_qkv_put(at + 1u, v.y); }
@@ -24,5 +41,6 @@ fn put_four(row: u32, column: u32, start: u32, v: vec4<f32>) {
   if (column + 3u < HEAD_DIM) { grad_qkv_put(at + 3u, v.w); }
 #else
   grad_qkv_put4(at, v);
+#end
 #end
 }

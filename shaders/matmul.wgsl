@@ -13,7 +13,11 @@
 #include random
 var<private> stream: u32;
 fn keep(row: u32, column: u32) -> f32 {
+#if LATER_ROWS
+  return select(0.0, p.keep_scale, random_uniform(stream, p.first_row + row, column) >= p.probability);
+#else
   return select(0.0, p.keep_scale, random_uniform(stream, row, column) >= p.probability);
+#end
 }
 fn keep4(row: u32, column: u32) -> vec4<f32> {
   return vec4<f32>(keep(row, column), keep(row, column + 1u), keep(row, column + 2u), keep(row, column + 3u));

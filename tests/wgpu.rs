@@ -17,6 +17,17 @@ use tune::program::{Access, BufferId, DType, Kind, Plan, Target, Workload, block
 use tune::train::planning::{PlanningError, Search};
 
 const TOKENS: usize = 72;
+/// Of which what lies in pieces of 128 rows has several.
+const MANY_TOKENS: usize = 400;
+
+/// Where documents begin in so many tokens of training, and the tokens; the last one is padding.
+fn documents(tokens: usize) -> &'static [usize] {
+    match tokens {
+        TOKENS => &[0, 23, 50, TOKENS],
+        MANY_TOKENS => &[0, 30, 380, 390, MANY_TOKENS],
+        _ => &[],
+    }
+}
 
 /// The software adapter, which `tests/mesa.sh` installs; there must be one.
 fn software(portable: bool) -> Options {
@@ -46,6 +57,14 @@ fn training(model: &Model, method: Method, target: &Target) -> Workload {
     training_workload(&model.config, &options, target).expect("a workload")
 }
 
+/// Many tokens, of layers that keep everything and of such that compute everything again.
+fn long_training(model: &Model, method: Method, target: &Target) -> Workload {
+    let mut recompute = vec![Recompute::None; model.config.layers];
+    recompute[0] = Recompute::All;
+    let options = TrainingOptions { sizes: vec![MANY_TOKENS], recompute, ..training_options(method) };
+    training_workload(&model.config, &options, target).expect("a workload")
+}
+
 /// Without sizes, and what is recomputed.
 fn training_options(method: Method) -> TrainingOptions {
     TrainingOptions {
@@ -66,26 +85,26 @@ fn number(row: u32, column: u32) -> f32 {
     random::uniform([1, 2, 3, 4], 5, row, column)
 }
 
-/// Three documents, the last one padding; random numbers in everything the programs read but the weights.
+/// Some documents, and random numbers in everything the programs read but the weights.
 fn write_inputs(session: &mut dyn Session) {
-    let starts = [0usize, 23, 50, TOKENS];
-    let document = |token: usize| starts.partition_point(|&start| start <= token) - 1;
     let buffers = session.plan().workload.buffers.clone();
     for (index, buffer) in buffers.iter().enumerate() {
         let id = BufferId(index as u32);
         let count = buffer.elements();
+        let starts = documents(count);
+        let document = |token: usize| starts.partition_point(|&start| start <= token) - 1;
         let part = buffer.name.rsplit('.').next().unwrap_or_default();
         let vocabulary = 500.0;
         let integers: Option<Vec<i32>> = match (buffer.kind, part) {
             (Kind::Input, "ids") => Some((0..count).map(|t| (number(t as u32, 0) * vocabulary) as i32 / 3).collect()),
             (Kind::Input, "positions") => {
-                Some((0..count).map(|t| if count == TOKENS { t - starts[document(t)] } else { t } as i32).collect())
+                Some((0..count).map(|t| if starts.is_empty() { t } else { t - starts[document(t)] } as i32).collect())
             }
             (Kind::Input, "document_start") => Some((0..count).map(|t| starts[document(t)] as i32).collect()),
             (Kind::Input, "document_end") => Some((0..count).map(|t| starts[document(t) + 1] as i32).collect()),
             (Kind::Input, "targets") => {
                 let target = |t: usize| {
-                    if t.is_multiple_of(5) || t > 60 { -100 } else { (number(t as u32, 1) * vocabulary) as i32 }
+                    if t.is_multiple_of(5) || t + 10 > count { -100 } else { (number(t as u32, 1) * vocabulary) as i32 }
                 };
                 Some((0..count).map(target).collect())
             }
@@ -184,12 +203,13 @@ fn check(reference: &mut dyn Session, session: &mut dyn Session, tolerance: f64)
 }
 
 fn compare(model: &Model, workload: impl Fn(&Target) -> Workload, options: &Options) {
-    let target = cpu::target().expect("a target");
-    let mut reference =
-        cpu::open(plan(workload(&target), target).expect("a plan"), model.weights.clone()).expect("opens");
     let target = wgpu::target(options).expect("a target");
+    // The reference runs the same operations, on buffers as large as they must be.
+    let workload = workload(&target);
+    let whole = plan(workload.clone(), cpu::target().expect("a target")).expect("a plan");
+    let mut reference = cpu::open(whole, model.weights.clone()).expect("opens");
     let mut session =
-        wgpu::open(plan(workload(&target), target).expect("a plan"), model.weights.clone(), options).expect("opens");
+        wgpu::open(plan(workload, target).expect("a plan"), model.weights.clone(), options).expect("opens");
     check(&mut reference, &mut session, 1e-5);
 }
 
@@ -302,6 +322,36 @@ fn tensors_above_every_limit_are_cut() {
     let generation = GenerationOptions { capacity: 1024, prefill_sizes: vec![16] };
     let workload = |target: &Target| generation_workload(&model.config, &generation, None, None, target);
     compare(&model, |target| workload(target).expect("a workload"), &options);
+}
+
+/// What has a row a token lies in pieces, none of them a binding's worth: every operation works on ranges of rows, and
+/// attention on ranges of queries and of keys. Documents begin, end and go on across their ends.
+#[test]
+fn activations_above_a_binding_lie_in_pieces() {
+    const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
+        "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 500, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "torch_dtype": "float32", "hidden_act": "silu", "tie_word_embeddings": false}"#;
+    // Of heads that no four elements divide, and a window.
+    const MISTRAL: &str = r#"{"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 120,
+        "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 30, "vocab_size": 500, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "torch_dtype": "float32", "hidden_act": "silu", "tie_word_embeddings": false, "sliding_window": 150}"#;
+    let open = |config: &str| {
+        let config = ModelConfig::parse(config).expect("a configuration");
+        let weights = Arc::new(RandomWeights::new(&config, 7));
+        Model { folder: None, config, weights, random_weights: true, eos_token_ids: Vec::new() }
+    };
+    let options = Options { narrow: Some([140 << 10, 400 << 10]), ..software(true) };
+    let target = wgpu::target(&options).expect("a target");
+    let llama = open(LLAMA);
+    let planned = plan(long_training(&llama, lora(0.0), &target), target).expect("a plan");
+    assert!(planned.pieces.len() > 20 && planned.segments.iter().all(|&bytes| bytes <= 140 << 10));
+    for method in [lora(0.0), lora(0.1), lora_on(Some(DType::Nf4), 0.0), Method::Full] {
+        compare(&llama, |target| long_training(&llama, method.clone(), target), &options);
+    }
+    let mistral = open(MISTRAL);
+    compare(&mistral, |target| long_training(&mistral, lora(0.0), target), &options);
 }
 
 /// What a session takes is in the plan, partial sums and parameters of launches too; what opening it would be refused for the plan

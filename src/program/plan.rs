@@ -3,7 +3,8 @@
 //! Transient buffers live from the first operation that touches them to the last. Buffers whose lives overlap
 //! get disjoint ranges of an arena; all programs share the arena, so its size is the largest any of them needs.
 //! Placement is greedy by size (Pisarchyk & Lee 2020, arXiv 2001.03288): the largest buffer first, each at the
-//! lowest free offset; when a segment is full, the next is opened.
+//! lowest free offset; when a segment is full, the next is opened. A buffer that no segment holds is placed in pieces of
+//! as many rows each, where the engine works on ranges of rows.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -20,6 +21,25 @@ pub enum Placement {
     Own,
     /// A byte range of an arena segment.
     Arena { segment: usize, offset: u64 },
+    /// A byte range of a buffer in pieces: entry `buffer` of [`Plan::pieces`].
+    Pieces { buffer: usize, offset: u64 },
+}
+
+/// A transient buffer that no segment holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Pieces {
+    /// Of each but the last: whole rows.
+    pub bytes: u64,
+    /// Segment and offset of each, in the order of their rows.
+    pub places: Vec<(usize, u64)>,
+}
+
+impl Pieces {
+    /// Segment and offset of the byte at `offset` of the buffer, and how many bytes from it on its piece may have.
+    pub fn at(&self, offset: u64) -> (usize, u64, u64) {
+        let (segment, start) = self.places[(offset / self.bytes) as usize];
+        (segment, start + offset % self.bytes, self.bytes - offset % self.bytes)
+    }
 }
 
 /// A workload laid out for a target.
@@ -31,6 +51,8 @@ pub struct Plan {
     pub placements: Vec<Placement>,
     /// Bytes of each arena segment.
     pub segments: Vec<u64>,
+    /// Transient buffers that lie in pieces.
+    pub pieces: Vec<Pieces>,
     /// Persistent buffers that lie in the host's memory; their placement is [`Placement::Own`].
     pub host: BTreeSet<BufferId>,
     /// Room of buffers for LoRA branches.
@@ -310,7 +332,7 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
         + if target.reaches_host() { offloads(&workload, target.alignment).1 } else { 0 };
     let spare = Spare::new(&workload, &target);
     let mut placements = vec![Placement::Own; workload.buffers.len()];
-    let mut segments: Vec<u64> = Vec::new();
+    let mut arena = Arena::default();
     let mut bytes: BTreeMap<&'static str, u64> = BTreeMap::new();
     for (index, buffer) in workload.buffers.iter().enumerate() {
         let id = BufferId(index as u32);
@@ -325,7 +347,7 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
     for program in &workload.programs {
         let mut lives = lives(&workload, program);
         let shared = if target.works_in_place() { share(&workload, &spare, program, &mut lives) } else { Vec::new() };
-        place(&workload, &target, &spare, &lives, &mut placements, &mut segments)?;
+        place(&workload, &target, &spare, &lives, &mut placements, &mut arena)?;
         for (result, input) in shared {
             placements[result.index()] = placements[input.index()];
         }
@@ -346,6 +368,7 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
             graph_bytes: 0,
         });
     }
+    let Arena { segments, pieces } = arena;
     let arena: u64 = segments.iter().sum();
     // What placement loses between buffers is counted as activations.
     let eight_bit = fp8_sizes(&workload);
@@ -371,7 +394,7 @@ pub fn plan_with_host(workload: Workload, target: Target, mut host: BTreeSet<Buf
         return Err(PlanError::HostTooSmall { needed: host_bytes, available, fits: Vec::new() });
     }
     let summary = Summary { bytes, peak_bytes, host_bytes, programs };
-    Ok(Plan { workload, target, placements, segments, host, spare, summary })
+    Ok(Plan { workload, target, placements, segments, pieces, host, spare, summary })
 }
 
 /// Operations that may be in captured programs whatever they take: about five launches each.
@@ -536,33 +559,63 @@ fn peak(workload: &Workload, spare: &Spare, program: &Program, lives: &[Life]) -
     (worst.0 as u64, worst.1 as u64)
 }
 
+/// What programs share.
+#[derive(Default)]
+struct Arena {
+    segments: Vec<u64>,
+    pieces: Vec<Pieces>,
+}
+
+/// What is placed: a buffer, or a piece of one.
+#[derive(Clone, Copy)]
+struct Item {
+    life: Life,
+    bytes: u64,
+    /// Entry of [`Plan::pieces`], and which of its pieces.
+    piece: Option<(usize, usize)>,
+}
+
 fn place(
     workload: &Workload,
     target: &Target,
     spare: &Spare,
     lives: &[Life],
     placements: &mut [Placement],
-    segments: &mut Vec<u64>,
+    arena: &mut Arena,
 ) -> Result<(), PlanError> {
-    let size = |life: &Life| {
-        aligned(spare.bytes(workload, life.buffer, workload.buffer(life.buffer).dtype).max(1), target.alignment)
-    };
-    let mut order: Vec<&Life> = lives.iter().collect();
-    order.sort_by_key(|life| (std::cmp::Reverse(size(life)), life.first, life.buffer));
-    // Placed so far, a list a segment: (life, offset, bytes).
-    let mut placed: Vec<Vec<(Life, u64, u64)>> = Vec::new();
-    for life in order {
-        let bytes = size(life);
-        if bytes > target.largest_segment {
+    let size = |id: BufferId| aligned(spare.bytes(workload, id, workload.buffer(id).dtype).max(1), target.alignment);
+    let too_large: Vec<BufferId> =
+        lives.iter().map(|life| life.buffer).filter(|id| size(*id) > target.largest_segment).collect();
+    let mut items = Vec::new();
+    for &life in lives {
+        let (id, bytes) = (life.buffer, size(life.buffer));
+        if bytes <= target.largest_segment {
+            items.push(Item { life, bytes, piece: None });
+            continue;
+        }
+        let buffer = workload.buffer(id);
+        let Some(rows) = rows_of_piece(workload, target, &too_large, buffer.rows()) else {
             return Err(PlanError::BufferTooLarge {
-                name: workload.buffer(life.buffer).name.clone(),
+                name: buffer.name.clone(),
                 bytes,
                 limit: target.largest_segment,
                 target: target.name.clone(),
             });
+        };
+        let of = |rows: usize| aligned(buffer.dtype.bytes(&[rows, buffer.columns()]), target.alignment);
+        let entry = arena.pieces.len();
+        placements[id.index()] = Placement::Pieces { buffer: entry, offset: 0 };
+        for (piece, first) in (0..buffer.rows()).step_by(rows).enumerate() {
+            items.push(Item { life, bytes: of(rows.min(buffer.rows() - first)), piece: Some((entry, piece)) });
         }
+        arena.pieces.push(Pieces { bytes: of(rows), places: vec![(0, 0); buffer.rows().div_ceil(rows)] });
+    }
+    items.sort_by_key(|item| (std::cmp::Reverse(item.bytes), item.life.first, item.life.buffer, item.piece));
+    // Placed so far, a list a segment: (life, offset, bytes).
+    let mut placed: Vec<Vec<(Life, u64, u64)>> = Vec::new();
+    for Item { life, bytes, piece } in items {
         let found = placed.iter().enumerate().find_map(|(segment, taken)| {
-            lowest_gap(taken, life, bytes, target.largest_segment).map(|offset| (segment, offset))
+            lowest_gap(taken, &life, bytes, target.largest_segment).map(|offset| (segment, offset))
         });
         let (segment, offset) = found.unwrap_or_else(|| {
             placed.push(Vec::new());
@@ -570,24 +623,47 @@ fn place(
         });
         let taken = &mut placed[segment];
         let at = taken.partition_point(|entry| entry.1 <= offset);
-        taken.insert(at, (*life, offset, bytes));
-        if segments.len() <= segment {
-            segments.push(0);
+        taken.insert(at, (life, offset, bytes));
+        if arena.segments.len() <= segment {
+            arena.segments.push(0);
         }
-        segments[segment] = segments[segment].max(offset + bytes);
-        placements[life.buffer.index()] = Placement::Arena { segment, offset };
+        arena.segments[segment] = arena.segments[segment].max(offset + bytes);
+        match piece {
+            None => placements[life.buffer.index()] = Placement::Arena { segment, offset },
+            Some((entry, piece)) => arena.pieces[entry].places[piece] = (segment, offset),
+        }
     }
     Ok(())
+}
+
+/// Rows of which pieces are multiples: a range of rows of any buffer then begins where a placement may.
+pub const ROW_UNIT: usize = 128;
+
+/// Rows of each piece but the last of a buffer with so many: the same whatever the buffer, so that what works on several
+/// meets the ends of their pieces together. None where the engine takes no pieces, or a few rows are too large already.
+fn rows_of_piece(workload: &Workload, target: &Target, too_large: &[BufferId], rows: usize) -> Option<usize> {
+    let bytes = |id: &BufferId| {
+        let buffer = workload.buffer(*id);
+        buffer.dtype.bytes(&[ROW_UNIT, buffer.columns()])
+    };
+    let most = target.largest_segment / too_large.iter().map(bytes).max()?.max(1);
+    if !target.works_on_rows() || most == 0 {
+        return None;
+    }
+    let most = usize::try_from(most).unwrap_or(usize::MAX).saturating_mul(ROW_UNIT);
+    Some(rows.div_ceil(rows.div_ceil(most)).next_multiple_of(ROW_UNIT))
 }
 
 /// Puts buffers that are rows of others where those rows are.
 fn place_rows(workload: &Workload, spare: &Spare, placements: &mut [Placement]) {
     for (index, buffer) in workload.buffers.iter().enumerate() {
         let Some((whole, first)) = buffer.within else { continue };
-        if let Placement::Arena { segment, offset } = placements[whole.index()] {
-            let offset = offset + buffer.dtype.bytes(&[first, buffer.columns() + spare.columns(workload, whole)]);
-            placements[index] = Placement::Arena { segment, offset };
-        }
+        let before = buffer.dtype.bytes(&[first, buffer.columns() + spare.columns(workload, whole)]);
+        placements[index] = match placements[whole.index()] {
+            Placement::Own => continue,
+            Placement::Arena { segment, offset } => Placement::Arena { segment, offset: offset + before },
+            Placement::Pieces { buffer, offset } => Placement::Pieces { buffer, offset: offset + before },
+        };
     }
 }
 

@@ -93,6 +93,11 @@ impl Target {
         self.engine == "wgpu"
     }
 
+    /// Whether operations work on ranges of rows one after the other, so that no buffer must lie in one piece.
+    pub fn works_on_rows(&self) -> bool {
+        self.engine == "wgpu"
+    }
+
     /// Whether a product takes LoRA branches beside its factors, in columns that their rows have to spare.
     pub fn branches_beside(&self) -> bool {
         self.engine == "cuda"

@@ -87,11 +87,16 @@ impl Memory {
         for (index, buffer) in workload.buffers.iter().enumerate() {
             let (start, mapped) = match plan.placements[index] {
                 _ if buffer.kind == Kind::Weight => memory.load(buffer, &weights, written[index])?,
-                Placement::Arena { .. } if layout != Layout::Arena && buffer.within.is_some() => {
+                Placement::Arena { .. } | Placement::Pieces { .. }
+                    if layout != Layout::Arena && buffer.within.is_some() =>
+                {
                     let (whole, first) = buffer.within.unwrap_or((BufferId(0), 0));
                     let offset = buffer.dtype.bytes(&[first, buffer.columns()]) as usize;
                     // SAFETY: a builder takes rows of earlier buffers only, within their bounds.
                     (unsafe { memory.slots[whole.index()].start.add(offset) }, false)
+                }
+                Placement::Pieces { .. } if layout == Layout::Arena => {
+                    return Err(device(format!("{} lies in pieces", buffer.name)));
                 }
                 Placement::Arena { segment, offset } if layout == Layout::Arena => {
                     if offset + buffer.bytes() > plan.segments[segment] {

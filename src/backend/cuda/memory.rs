@@ -191,6 +191,7 @@ impl Memory {
                     }
                     segments[segment].pointer + offset
                 }
+                Placement::Pieces { .. } => return Err(failed(format!("{} lies in pieces", buffer.name))),
                 // A transient buffer that no program touches has no place and needs none.
                 Placement::Own if buffer.kind.is_transient() => 0,
                 Placement::Own => addresses[index] + persistent.pointer,

@@ -3,12 +3,15 @@
 use super::adapter::{ENGINE, Gpu};
 use super::storage::Place;
 use crate::backend::EngineError;
+use crate::program::plan;
 
 /// Bytes that are copied to or from the host at once.
 pub(super) const TRANSFER_BYTES: u64 = 64 << 20;
 
 pub(super) struct Memory {
     pub segments: Vec<wgpu::Buffer>,
+    /// Where buffers in pieces lie in the segments.
+    pub pieces: Vec<plan::Pieces>,
     pub slabs: Vec<Pieces>,
     pub scratch: Option<wgpu::Buffer>,
     pub unpacked: Option<wgpu::Buffer>,
@@ -38,6 +41,10 @@ impl Memory {
                 let slab = &self.slabs[index];
                 return (&slab.buffers[(offset / slab.bytes) as usize], offset % slab.bytes);
             }
+            Place::Pieces(index) => {
+                let (segment, offset, _) = self.pieces[index].at(offset);
+                return (&self.segments[segment], offset);
+            }
             Place::Segment(index) => &self.segments[index],
             Place::Scratch => self.scratch.as_ref().expect("allocated where a dispatch uses it"),
             Place::Tables => &self.tables,
@@ -47,9 +54,10 @@ impl Memory {
     }
 
     /// Bytes from `offset` on that lie in one wgpu buffer, at most `bytes`.
-    fn together(&self, place: Place, offset: u64, bytes: u64) -> u64 {
+    pub fn together(&self, place: Place, offset: u64, bytes: u64) -> u64 {
         match place {
             Place::Slab(index) => bytes.min(self.slabs[index].bytes - offset % self.slabs[index].bytes),
+            Place::Pieces(index) => bytes.min(self.pieces[index].at(offset).2),
             _ => bytes,
         }
     }

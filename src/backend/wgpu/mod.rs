@@ -20,6 +20,8 @@ mod cache;
 mod emulated;
 mod kernel;
 mod lower;
+#[cfg(test)]
+mod measured;
 mod memory;
 mod quantized;
 mod rate;

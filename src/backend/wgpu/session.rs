@@ -188,6 +188,7 @@ impl WgpuSession {
         let mut memory = Memory {
             tables: table,
             segments,
+            pieces: storage.pieces.clone(),
             slabs: storage.slabs.iter().map(&mut pieces).collect::<Result<_, _>>()?,
             scratch: None,
             unpacked,

@@ -7,18 +7,22 @@
 //!
 //! A tensor that is too large for a buffer has a slab of its own, of several wgpu buffers with as many rows each; so has a
 //! quantized one that is too large for a binding, each of whose pieces is packed by itself. What works on tensors works
-//! on parts of them that lie in one piece ([`Lowering::parts`](super::lower::Lowering)).
+//! on parts of them that lie in one piece ([`Lowering::parts`](super::lower::Lowering)). A transient buffer that no segment
+//! holds lies in pieces in several; what works on rows works on ranges of them ([`Lowering::ranges`](super::lower::Lowering)).
 
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::program::plan::Pieces;
 use crate::program::{BufferId, DType, Kind, Op, Placement, Plan};
 
 /// A wgpu buffer of the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Place {
     Segment(usize),
+    /// A transient buffer in pieces, end to end. Bindings are of the segments that the pieces lie in.
+    Pieces(usize),
     Slab(usize),
     /// Partial sums, between one dispatch and the next.
     Scratch,
@@ -157,6 +161,7 @@ pub struct Storage {
     views: Vec<View>,
     pub slabs: Vec<Slab>,
     pub segments: Vec<u64>,
+    pub pieces: Vec<Pieces>,
 }
 
 /// Buffers of one class share slabs.
@@ -179,6 +184,7 @@ impl Storage {
         for (index, buffer) in workload.buffers.iter().enumerate() {
             let (place, offset) = match plan.placements[index] {
                 Placement::Arena { segment, offset } => (Place::Segment(segment), offset),
+                Placement::Pieces { buffer, offset } => (Place::Pieces(buffer), offset),
                 Placement::Own => (Place::Scratch, 0),
             };
             let frozen = buffer.kind == Kind::Weight && !written[index];
@@ -228,7 +234,7 @@ impl Storage {
                 slabs[slab].bytes += bytes;
             }
         }
-        Storage { views, slabs, segments: plan.segments.clone() }
+        Storage { views, slabs, segments: plan.segments.clone(), pieces: plan.pieces.clone() }
     }
 
     pub fn view(&self, id: BufferId) -> View {
@@ -239,6 +245,19 @@ impl Storage {
     pub fn whole(&self, view: &View) -> (usize, usize) {
         let tensor = self.views.iter().find(|known| (known.place, known.offset) == (view.place, view.offset));
         tensor.map_or((view.rows, view.stride), |tensor| (tensor.rows, tensor.stride))
+    }
+
+    /// The place and offset that a view is bound at; none where it lies in more than one piece.
+    pub fn bound(&self, view: &View) -> Option<(Place, u64)> {
+        let Place::Pieces(buffer) = view.place else { return Some((view.place, view.offset)) };
+        let (segment, offset, left) = self.pieces[buffer].at(view.offset);
+        (view.bytes() <= left).then_some((Place::Segment(segment), offset))
+    }
+
+    /// Rows of a view before the end of the piece that its first one lies in; none where it is in no pieces.
+    pub fn rows_in_piece(&self, view: &View) -> Option<usize> {
+        let Place::Pieces(buffer) = view.place else { return None };
+        Some((self.pieces[buffer].at(view.offset).2 / view.dtype.bytes(&[1, view.stride]).max(1)) as usize)
     }
 
     /// How the tensor in a place is cut, if it is.
@@ -252,7 +271,7 @@ impl Storage {
     pub fn is_writable(&self, place: Place) -> bool {
         match place {
             Place::Slab(slab) => self.slabs[slab].writable,
-            Place::Segment(_) | Place::Scratch | Place::Unpacked => true,
+            Place::Segment(_) | Place::Pieces(_) | Place::Scratch | Place::Unpacked => true,
             Place::Tables => false,
         }
     }

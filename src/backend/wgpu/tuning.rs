@@ -293,8 +293,15 @@ impl Bench<'_> {
     }
 
     fn fill(&self, view: &View) -> Result<(), EngineError> {
-        let (buffer, offset) = self.memory.at(view.place, view.offset);
-        self.noise(buffer, offset, view.bytes().next_multiple_of(4))
+        let bytes = view.bytes().next_multiple_of(4);
+        let mut first = 0;
+        while first < bytes {
+            let (buffer, offset) = self.memory.at(view.place, view.offset + first);
+            let count = self.memory.together(view.place, view.offset + first, bytes - first);
+            self.noise(buffer, offset, count)?;
+            first += count;
+        }
+        Ok(())
     }
 
     fn noise(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<(), EngineError> {
@@ -340,9 +347,9 @@ impl Bench<'_> {
         self.gpu.failure.check()
     }
 
-    /// The first and the last part of a result.
+    /// The first and the last part of a result, or of its first piece.
     fn sample(&self, view: &View) -> Result<Vec<f32>, EngineError> {
-        let bytes = view.bytes() / 4 * 4;
+        let bytes = self.memory.together(view.place, view.offset, view.bytes()) / 4 * 4;
         let half = SAMPLE.min(bytes);
         let staging = self.gpu.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("sample"),

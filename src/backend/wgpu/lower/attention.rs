@@ -28,18 +28,31 @@ impl Lowering<'_> {
         match op {
             Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } => {
                 let (qkv, output) = (self.view(*qkv), self.view(*output));
-                let (tile, file) = match self.variant(op, shape, &qkv) {
+                let ranges = self.row_ranges(&[qkv, output]);
+                let variant = self.variant(op, shape, &qkv, ranges.len());
+                let (tile, file) = match variant {
                     Variant::Threads => (TILE, "attention"),
                     _ => (WIDE, "attention_cooperative"),
                 };
-                let mut call = self.masked(file, shape, &qkv, tile);
                 let vector = by_fours(shape, &qkv);
-                self.bind_as(&mut call, "qkv", &qkv, vector);
-                self.bind(&mut call, "document_start", &self.view(*document_start));
-                self.bind_as(&mut call, "output", &output, vector);
-                self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
-                call.iterations(qkv.rows.div_ceil(TILE) * tile_iterations(shape, 1, 1));
-                self.launch(call, [qkv.rows.div_ceil(tile), shape.heads, 1])
+                for (number, &(first, count)) in ranges.iter().enumerate() {
+                    // Its own keys, which every query sees some of, then those before.
+                    for keys in ranges[..=number].iter().rev() {
+                        let queries = qkv.slice_rows(first, count);
+                        let mut call = self.masked(file, shape, &qkv, tile);
+                        self.bind_as(&mut call, "qkv", &queries, vector);
+                        if ranges.len() > 1 {
+                            self.bind_keys(&mut call, &qkv, vector, [(first, count), *keys]);
+                            call.flag("MORE", keys.0 != first);
+                        }
+                        self.bind(&mut call, "document_start", &self.view(*document_start));
+                        self.bind_as(&mut call, "output", &output.slice_rows(first, count), vector);
+                        self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
+                        call.iterations(keys.1.div_ceil(TILE) * tile_iterations(shape, 1, 1));
+                        self.launch(call, [count.div_ceil(tile), shape.heads, 1])?;
+                    }
+                }
+                Ok(())
             }
             Op::AttentionBackward {
                 grad_output,
@@ -53,36 +66,53 @@ impl Lowering<'_> {
                 shape,
             } => {
                 let (qkv, output, grad) = (self.view(*qkv), self.view(*output), self.view(*grad_output));
-                let delta = self.view(*delta);
-                let count = qkv.rows * shape.heads;
-                let mut call = self.call("attention_delta");
-                self.bind(&mut call, "grad_output", &grad);
-                self.bind(&mut call, "output", &output);
-                self.bind(&mut call, "delta", &delta);
-                call.number("count", count).number("head_dim", shape.head_dim);
-                self.launch(call, [count.div_ceil(64), 1, 1])?;
+                let (delta, grad_qkv) = (self.view(*delta), self.view(*grad_qkv));
+                let ranges = self.row_ranges(&[qkv, output, grad, grad_qkv]);
+                for &(first, count) in &ranges {
+                    let values = count * shape.heads;
+                    let mut call = self.call("attention_delta");
+                    self.bind(&mut call, "grad_output", &grad.slice_rows(first, count));
+                    self.bind(&mut call, "output", &output.slice_rows(first, count));
+                    self.bind(&mut call, "delta", &delta.slice_rows(first, count));
+                    call.number("count", values).number("head_dim", shape.head_dim);
+                    self.launch(call, [values.div_ceil(64), 1, 1])?;
+                }
                 let vector = by_fours(shape, &qkv);
-                let variant = self.variant(op, shape, &qkv);
+                let variant = self.variant(op, shape, &qkv, ranges.len());
                 let (tile, files) = match variant {
                     Variant::Threads => (TILE, ["attention_backward_query", "attention_backward_key_value"]),
                     _ => (WIDE, ["attention_backward_query_cooperative", "attention_backward_key_value_cooperative"]),
                 };
                 for (file, heads) in files.into_iter().zip([shape.heads, shape.kv_heads]) {
-                    let mut call = self.masked(file, shape, &qkv, tile);
-                    self.bind_as(&mut call, "qkv", &qkv, vector);
-                    self.bind_as(&mut call, "grad_output", &grad, vector);
-                    self.bind(&mut call, "document_start", &self.view(*document_start));
-                    self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
-                    self.bind(&mut call, "delta", &delta);
-                    self.bind_as(&mut call, "grad_qkv", &self.view(*grad_qkv), vector);
-                    let mut rounds = tile_iterations(shape, 2, 1);
-                    if file == files[1] {
-                        call.flag("AHEAD", variant == Variant::Ahead);
-                        self.bind(&mut call, "document_end", &self.view(*document_end));
-                        rounds = tile_iterations(shape, 2, 2) * shape.heads / shape.kv_heads;
+                    let by_keys = file == files[1];
+                    for (number, &own) in ranges.iter().enumerate() {
+                        // A range's own rows, then the keys before them or the queries after them.
+                        let others = if by_keys { &ranges[number..] } else { &ranges[..=number] };
+                        let others: Vec<(usize, usize)> =
+                            if by_keys { others.to_vec() } else { others.iter().rev().copied().collect() };
+                        for other in others {
+                            let [queries, keys] = if by_keys { [other, own] } else { [own, other] };
+                            let mut call = self.masked(file, shape, &qkv, tile);
+                            self.bind_as(&mut call, "qkv", &qkv.slice_rows(queries.0, queries.1), vector);
+                            if ranges.len() > 1 {
+                                self.bind_keys(&mut call, &qkv, vector, [queries, keys]);
+                                call.flag("MORE", other != own).number("grad_first", own.0);
+                            }
+                            self.bind_as(&mut call, "grad_output", &grad.slice_rows(queries.0, queries.1), vector);
+                            self.bind(&mut call, "document_start", &self.view(*document_start));
+                            self.bind(&mut call, "log_sum_exp", &self.view(*log_sum_exp));
+                            self.bind(&mut call, "delta", &delta);
+                            self.bind_as(&mut call, "grad_qkv", &grad_qkv.slice_rows(own.0, own.1), vector);
+                            let mut rounds = tile_iterations(shape, 2, 1);
+                            if by_keys {
+                                call.flag("AHEAD", variant == Variant::Ahead);
+                                self.bind(&mut call, "document_end", &self.view(*document_end));
+                                rounds = tile_iterations(shape, 2, 2) * shape.heads / shape.kv_heads;
+                            }
+                            call.iterations(other.1.div_ceil(TILE) * rounds);
+                            self.launch(call, [own.1.div_ceil(tile), heads, 1])?;
+                        }
                     }
-                    call.iterations(qkv.rows.div_ceil(TILE) * rounds);
-                    self.launch(call, [qkv.rows.div_ceil(tile), heads, 1])?;
                 }
                 Ok(())
             }
@@ -129,10 +159,18 @@ impl Lowering<'_> {
         }
     }
 
-    /// The kernels that attention runs on: what was measured to agree with the threads' and to be the fastest. No rule
+    /// Binds the rows of keys and values beside those of queries: each of the two ranges is its first row and its rows.
+    fn bind_keys(&self, call: &mut Call, qkv: &View, vector: bool, [queries, keys]: [(usize, usize); 2]) {
+        call.constant("RANGES", 1);
+        self.bind_as(call, "keys", &qkv.slice_rows(keys.0, keys.1), vector);
+        call.number("query_first", queries.0).number("query_end", queries.0 + queries.1);
+        call.number("key_first", keys.0).number("key_end", keys.0 + keys.1);
+    }
+
+    /// The kernels that attention runs on, the cooperative ones where there is one range of rows: what was measured to agree with the threads' and to be the fastest. No rule
     /// chooses cooperative matrices; `TUNE_COOPERATIVE_ATTENTION` does, for the check: 1 or 2, a number of [`Variant`].
-    fn variant(&mut self, op: &Op, shape: &AttentionShape, qkv: &View) -> Variant {
-        if !self.fits_fragments(shape, qkv) {
+    fn variant(&mut self, op: &Op, shape: &AttentionShape, qkv: &View, ranges: usize) -> Variant {
+        if ranges > 1 || !self.fits_fragments(shape, qkv) {
             return Variant::Threads;
         }
         let AttentionShape { heads, kv_heads, head_dim, window, softcap, .. } = shape;

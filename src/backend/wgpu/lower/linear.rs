@@ -4,7 +4,7 @@ use super::Lowering;
 use super::product::{DropSite, Layout, Product, Scaling, Second, Segments};
 use crate::backend::EngineError;
 use crate::backend::wgpu::storage::View;
-use crate::program::{BufferId, Dropout, Projection, ProjectionBackward};
+use crate::program::{BufferId, Columns, Dropout, Projection, ProjectionBackward};
 
 /// One projection, or several that run as one.
 struct Run {
@@ -20,6 +20,7 @@ struct Run {
     members: std::ops::Range<usize>,
 }
 
+#[derive(Clone, Copy)]
 struct Branch {
     /// `[r, K]`, rows of all.
     a: View,
@@ -90,6 +91,22 @@ impl Run {
         true
     }
 
+    /// The part of it with these rows of activations.
+    fn rows(&self, first: usize, count: usize) -> Run {
+        Run {
+            output: self.output.slice_rows(first, count),
+            lora: self.lora.map(|lora| Branch { middle: lora.middle.slice_rows(first, count), ..lora }),
+            starts: self.starts.clone(),
+            members: self.members.clone(),
+            ..*self
+        }
+    }
+
+    /// What has a row a token.
+    fn views(&self, input: View) -> Vec<View> {
+        [input, self.output].into_iter().chain(self.lora.map(|lora| lora.middle)).collect()
+    }
+
     fn segments(&self, rows: bool) -> Option<Segments> {
         let rank = self.lora.as_ref()?.rank;
         if self.starts.is_empty() {
@@ -110,7 +127,7 @@ impl Run {
                 weight,
                 bias: self.bias.map(|bias| bias.slice_rows(first, weight.rows)),
                 output: View { start: self.output.start + first, width: weight.rows, ..self.output },
-                lora: self.lora.as_ref().map(|lora| Branch { b: lora.b.slice_rows(first, weight.rows), ..*lora }),
+                lora: self.lora.map(|lora| Branch { b: lora.b.slice_rows(first, weight.rows), ..lora }),
                 starts: if single { self.starts.clone() } else { Vec::new() },
                 members: self.members.clone(),
             })
@@ -148,23 +165,32 @@ impl Lowering<'_> {
         });
         let runs = merge(runs.collect(), self.facts.limits.binding);
         for run in &runs {
+            let ranges = self.row_ranges(&run.views(input));
             if let Some(lora) = &run.lora {
-                let mut middle = Product::new(Layout::NT, input, lora.a, lora.middle);
-                middle.dropout = lora.dropout.map(|dropout| (DropSite::A, dropout));
-                self.product(&middle)?;
+                for &(first, count) in &ranges {
+                    let target = lora.middle.slice_rows(first, count);
+                    let mut middle = Product::new(Layout::NT, input.slice_rows(first, count), lora.a, target);
+                    middle.dropout = lora.dropout.map(|dropout| (DropSite::A, dropout));
+                    middle.first_row = first;
+                    self.product(&middle)?;
+                }
             }
             for part in run.parts(self) {
-                let mut product = self.with_weight(input, &part.weight, part.output)?;
-                product.bias = part.bias;
-                product.segments = part.segments(false);
-                product.second = part.lora.as_ref().map(|lora| Second {
-                    a: lora.middle,
-                    b: lora.b,
-                    b_by_k: true,
-                    k: lora.rank,
-                    scale: Some(lora.scale),
-                });
-                self.product(&product)?;
+                let (layout, weight) = self.weight_in_place(input, &part.weight, part.output)?;
+                for &(first, count) in &ranges {
+                    let part = part.rows(first, count);
+                    let mut product = Product::new(layout, input.slice_rows(first, count), weight, part.output);
+                    product.bias = part.bias;
+                    product.segments = part.segments(false);
+                    product.second = part.lora.as_ref().map(|lora| Second {
+                        a: lora.middle,
+                        b: lora.b,
+                        b_by_k: true,
+                        k: lora.rank,
+                        scale: Some(lora.scale),
+                    });
+                    self.product(&product)?;
+                }
             }
         }
         Ok(())
@@ -193,46 +219,63 @@ impl Lowering<'_> {
             members: number..number + 1,
         });
         let runs = merge(runs.collect(), self.facts.limits.binding);
+        let grad_input = grad_input.map(|id| self.view(id));
+        let views = |run: &Run| -> Vec<View> { run.views(input).into_iter().chain(grad_input).collect() };
+        let ranges = self.row_ranges(&runs.iter().flat_map(views).collect::<Vec<View>>());
         for projection in projections {
-            self.parameter_gradients(&input, projection)?;
+            for &range in &ranges {
+                self.parameter_gradients(&input, projection, range)?;
+            }
         }
         let mut written = false;
         for run in &runs {
             if let Some(lora) = &run.lora {
-                self.lora_gradients(&input, run, lora, &projections[run.members.clone()])?;
+                for &range in &ranges {
+                    self.lora_gradients(&input, run, lora, &projections[run.members.clone()], range)?;
+                }
             }
             let Some(grad_input) = grad_input else { continue };
-            let grad_input = self.view(grad_input);
             for (number, part) in run.parts(self).iter().enumerate() {
                 let weight = self.unpacked(&part.weight)?;
-                let mut product = Product::new(Layout::NN, part.output, weight, grad_input);
-                product.accumulate = written;
-                written = true;
-                if let Some(lora) = run.lora.as_ref().filter(|lora| number == 0 && lora.dropout.is_none()) {
-                    let (k, b_by_k) = (lora.middle.width, false);
-                    product.second = Some(Second { a: lora.middle, b: lora.a, b_by_k, k, scale: None });
+                for &(first, count) in &ranges {
+                    let part = part.rows(first, count);
+                    let target = grad_input.slice_rows(first, count);
+                    let mut product = Product::new(Layout::NN, part.output, weight, target);
+                    product.accumulate = written;
+                    if let Some(lora) = part.lora.filter(|lora| number == 0 && lora.dropout.is_none()) {
+                        let (k, b_by_k) = (lora.middle.width, false);
+                        product.second = Some(Second { a: lora.middle, b: lora.a, b_by_k, k, scale: None });
+                    }
+                    self.product(&product)?;
                 }
-                self.product(&product)?;
+                written = true;
             }
-            if let Some(lora) = &run.lora
-                && let Some(dropout) = lora.dropout
-            {
-                let mut product = Product::new(Layout::NN, lora.middle, lora.a, grad_input);
+            let Some(lora) = run.lora.filter(|lora| lora.dropout.is_some()) else { continue };
+            for &(first, count) in &ranges {
+                let target = grad_input.slice_rows(first, count);
+                let mut product = Product::new(Layout::NN, lora.middle.slice_rows(first, count), lora.a, target);
                 product.accumulate = true;
-                product.dropout = Some((DropSite::C, dropout));
+                product.dropout = lora.dropout.map(|dropout| (DropSite::C, dropout));
+                product.first_row = first;
                 self.product(&product)?;
             }
         }
         Ok(())
     }
 
-    /// Gradients of a trained weight and bias.
-    fn parameter_gradients(&mut self, input: &View, projection: &ProjectionBackward) -> Result<(), EngineError> {
-        let grad_output = self.columns(&projection.grad_output);
+    /// Gradients of a trained weight and bias, from a range of rows.
+    fn parameter_gradients(
+        &mut self,
+        input: &View,
+        projection: &ProjectionBackward,
+        (first_row, count): (usize, usize),
+    ) -> Result<(), EngineError> {
+        let grad_output = self.columns(&projection.grad_output).slice_rows(first_row, count);
+        let input = input.slice_rows(first_row, count);
         if let Some(grad_weight) = projection.grad_weight {
             for (first, part) in self.parts(&self.view(grad_weight)) {
                 let columns = View { start: grad_output.start + first, width: part.rows, ..grad_output };
-                let mut product = Product::new(Layout::TN, columns, *input, part);
+                let mut product = Product::new(Layout::TN, columns, input, part);
                 product.accumulate = true;
                 product.scaling = Scaling::unscaled(grad_output.dtype);
                 self.product(&product)?;
@@ -244,22 +287,26 @@ impl Lowering<'_> {
         Ok(())
     }
 
-    /// `g = scale · grad_output · b`, `grad_b += scale · grad_outputᵀ · middle`, `grad_a += gᵀ · drop(input)`.
+    /// `g = scale · grad_output · b`, `grad_b += scale · grad_outputᵀ · middle`, `grad_a += gᵀ · drop(input)`, for a range of
+    /// rows.
     fn lora_gradients(
         &mut self,
         input: &View,
         run: &Run,
         lora: &Branch,
         members: &[ProjectionBackward],
+        (first, count): (usize, usize),
     ) -> Result<(), EngineError> {
+        let columns = |lowering: &Self, columns: &Columns| lowering.columns(columns).slice_rows(first, count);
+        let (input, output) = (input.slice_rows(first, count), run.output.slice_rows(first, count));
         let mut grads: Vec<(View, View, View, View)> = Vec::new();
         for projection in members {
             let Some(own) = &projection.lora else { continue };
-            let grad_output = self.columns(&projection.grad_output);
-            let mut product = Product::new(Layout::NN, grad_output, self.view(own.b), self.columns(&own.grad_middle));
+            let grad_output = columns(self, &projection.grad_output);
+            let mut product = Product::new(Layout::NN, grad_output, self.view(own.b), columns(self, &own.grad_middle));
             product.scaling = Scaling::by(lora.scale);
             self.product(&product)?;
-            let own = (self.view(own.grad_a), self.view(own.grad_b), self.columns(&own.middle), grad_output);
+            let own = (self.view(own.grad_a), self.view(own.grad_b), columns(self, &own.middle), grad_output);
             grads.push(own);
         }
         let Some(&(mut grad_a, mut grad_b, middle, _)) = grads.first() else { return Ok(()) };
@@ -276,15 +323,16 @@ impl Lowering<'_> {
                 grad_a.rows += next.0.rows;
                 grad_b.rows += next.1.rows;
             }
-            let mut product = Product::new(Layout::TN, run.output, middle, grad_b);
+            let mut product = Product::new(Layout::TN, output, middle, grad_b);
             product.segments = run.segments(true);
             product.accumulate = true;
-            product.scaling = scaling(&run.output);
+            product.scaling = scaling(&output);
             self.product(&product)?;
-            let mut product = Product::new(Layout::TN, lora.middle, *input, grad_a);
+            let mut product = Product::new(Layout::TN, lora.middle.slice_rows(first, count), input, grad_a);
             product.accumulate = true;
             product.scaling = Scaling::unscaled(lora.middle.dtype);
             product.dropout = lora.dropout.map(|dropout| (DropSite::B, dropout));
+            product.first_row = first;
             return self.product(&product);
         }
         for (projection, (grad_a, grad_b, middle, grad_output)) in members.iter().zip(grads) {
@@ -293,28 +341,29 @@ impl Lowering<'_> {
             product.accumulate = true;
             product.scaling = scaling(&grad_output);
             self.product(&product)?;
-            let grad_middle = self.columns(&own.grad_middle);
-            let mut product = Product::new(Layout::TN, grad_middle, *input, grad_a);
+            let grad_middle = columns(self, &own.grad_middle);
+            let mut product = Product::new(Layout::TN, grad_middle, input, grad_a);
             product.accumulate = true;
             product.scaling = Scaling::unscaled(grad_middle.dtype);
             product.dropout = lora.dropout.map(|dropout| (DropSite::B, dropout));
+            product.first_row = first;
             self.product(&product)?;
         }
         Ok(())
     }
 
-    /// `output = input · weightᵀ`. On cooperative matrices a product is faster where tiles read both operands row by row of
-    /// the depth, which a quantized weight allows: it is unpacked the other way round.
-    fn with_weight(&mut self, input: View, weight: &View, output: View) -> Result<Product, EngineError> {
+    /// How `output = input · weightᵀ` is multiplied, and the weight as it is then read. On cooperative matrices a product is
+    /// faster where tiles read both operands row by row of the depth, which a quantized weight allows: it is unpacked the
+    /// other way round.
+    fn weight_in_place(&mut self, input: View, weight: &View, output: View) -> Result<(Layout, View), EngineError> {
         if self.transposes(weight) {
             let transposed = self.transposed(weight);
-            let product = Product::new(Layout::NN, input, transposed, output);
-            if self.is_cooperative(&product) {
+            if self.is_cooperative(&Product::new(Layout::NN, input, transposed, output)) {
                 self.dequantize_transposed(weight, &transposed)?;
-                return Ok(product);
+                return Ok((Layout::NN, transposed));
             }
         }
-        Ok(Product::new(Layout::NT, input, self.unpacked(weight)?, output))
+        Ok((Layout::NT, self.unpacked(weight)?))
     }
 
     /// A weight that kernels can read: itself, or unpacked into scratch.

@@ -33,9 +33,17 @@ impl Lowering<'_> {
         let gradient = grad_input.is_some() || grad_weight.is_some();
         let half = gradient && self.gradient_scale.is_some();
         let chunk = logits.rows.min(input.rows);
-        for first in (0..input.rows).step_by(chunk) {
-            let rows = chunk.min(input.rows - first);
-            let chunk_input = input.skip_rows(first, rows);
+        // Chunks of each range, counted from its start.
+        let views: Vec<View> = [input].into_iter().chain(grad_input).collect();
+        let chunks: Vec<(usize, usize, usize, usize)> = self
+            .row_ranges(&views)
+            .into_iter()
+            .flat_map(|(start, count)| {
+                (0..count).step_by(chunk).map(move |first| (start, count, first, chunk.min(count - first)))
+            })
+            .collect();
+        for (range, count, first, rows) in chunks {
+            let chunk_input = input.slice_rows(range, count).skip_rows(first, rows);
             let logits = View { rows, ..logits };
             for (start, part) in self.parts(&weight) {
                 let columns = View { start, width: part.rows, ..logits };
@@ -49,7 +57,7 @@ impl Lowering<'_> {
             self.bind(&mut call, "token_weights", &token_weights);
             self.bind(&mut call, "losses", &losses);
             self.bind(&mut call, "scale", &scale);
-            call.number("first_token", first).number("vocabulary", logits.stride);
+            call.number("first_token", range + first).number("vocabulary", logits.stride);
             if let Some(half) = self.gradient_scale {
                 call.scaled = true;
                 call.float("factor", half.factor);
@@ -62,7 +70,7 @@ impl Lowering<'_> {
                 for (start, part) in self.parts(&weight) {
                     let columns = View { start, width: part.rows, ..logits };
                     let part = self.unpacked(&part)?;
-                    let target = grad_input.skip_rows(first, rows);
+                    let target = grad_input.slice_rows(range, count).skip_rows(first, rows);
                     let mut product = Product::new(Layout::NN, columns, part, target);
                     product.accumulate = start > 0;
                     self.product(&product)?;

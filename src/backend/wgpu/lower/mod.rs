@@ -20,6 +20,7 @@ pub use choice::{Choices, Question, Work};
 use super::kernel::{Binding, Element, Kernel, Value};
 use super::storage::{Cut, Limits, Place, Storage, View};
 use crate::backend::EngineError;
+use crate::program::plan::ROW_UNIT;
 use crate::program::{BufferId, DType, Op, Plan};
 
 /// What lowering knows of the device.
@@ -48,6 +49,9 @@ pub struct Facts {
 
 /// [`Facts::loop_limit`] of software adapters, with room for loops that nobody counts.
 pub const SOFTWARE_LOOP_LIMIT: usize = 60_000;
+
+/// Workgroups of a launch in each of its three directions.
+const MOST_WORKGROUPS: usize = 65535;
 
 /// One launch of a kernel.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,6 +104,8 @@ pub struct Call {
     parameters: Vec<u8>,
     scaled: bool,
     missing: Option<DType>,
+    /// A buffer of which it wants more than a piece.
+    apart: Option<&'static str>,
     /// Of all loops of one thread together, where they grow with the data.
     iterations: usize,
 }
@@ -159,6 +165,22 @@ impl<'a> Lowering<'a> {
         View { start: columns.start, width: columns.width, ..self.view(columns.buffer) }
     }
 
+    /// Ranges of the rows that these views have, first row and count: one, but where a view lies in pieces, or rows are more
+    /// than there may be workgroups.
+    pub(super) fn row_ranges(&self, views: &[View]) -> Vec<(usize, usize)> {
+        let rows = views.first().map_or(0, |view| view.rows);
+        let mut ranges = Vec::new();
+        let mut first = 0;
+        while first < rows {
+            let ends = views.iter().filter_map(|view| self.storage.rows_in_piece(&view.slice_rows(first, 1)));
+            let count = ends.fold(rows - first, usize::min);
+            let count = if count > MOST_WORKGROUPS { MOST_WORKGROUPS / ROW_UNIT * ROW_UNIT } else { count };
+            ranges.push((first, count));
+            first += count;
+        }
+        ranges
+    }
+
     /// Scratch for an array of f32. Every dispatch may use it, none keeps anything there past the next use.
     fn scratch(&mut self, elements: usize) -> View {
         let view = View {
@@ -200,6 +222,7 @@ impl<'a> Lowering<'a> {
             parameters: Vec::new(),
             scaled: false,
             missing: None,
+            apart: None,
             iterations: 0,
         }
     }
@@ -217,6 +240,12 @@ impl<'a> Lowering<'a> {
         if let Some(dtype) = call.missing {
             return Err(unsupported(format!("{file} on a {} buffer", dtype.name())));
         }
+        if let Some(name) = call.apart {
+            let limit = self.facts.limits.binding;
+            return Err(unsupported(format!(
+                "{file} on a {name} of more than the {limit} bytes that the adapter binds"
+            )));
+        }
         if let Some(limit) = self.facts.loop_limit.filter(|&limit| call.iterations > limit) {
             return Err(unsupported(format!(
                 "{file} takes {} iterations: this software adapter ends loops after {limit}; lower data.max_length, or \
@@ -231,8 +260,8 @@ impl<'a> Lowering<'a> {
                 self.facts.limits.binding
             )));
         }
-        if grid.iter().any(|&count| count > 65535) {
-            return Err(unsupported(format!("{file} in {grid:?} workgroups: at most 65535 each way")));
+        if grid.iter().any(|&count| count > MOST_WORKGROUPS) {
+            return Err(unsupported(format!("{file} in {grid:?} workgroups: at most {MOST_WORKGROUPS} each way")));
         }
         if grid.contains(&0) {
             return Ok(());
@@ -270,7 +299,10 @@ impl<'a> Lowering<'a> {
     pub(super) fn bind_element(&self, call: &mut Call, name: &'static str, view: &View, element: Element, unit: u64) {
         let writable = self.storage.is_writable(view.place);
         call.kernel.bindings.push(Binding { name, element, vector: false, writable });
-        call.bindings.push((view.place, view.offset, view.bytes().next_multiple_of(unit)));
+        match self.storage.bound(view) {
+            Some((place, offset)) => call.bindings.push((place, offset, view.bytes().next_multiple_of(unit))),
+            None => call.apart = Some(name),
+        }
     }
 
     /// Binds a buffer of codes as its words.

@@ -87,6 +87,8 @@ pub struct Product {
     pub bias: Option<View>,
     pub accumulate: bool,
     pub dropout: Option<(DropSite, Dropout)>,
+    /// Token of the first row, for dropout.
+    pub first_row: usize,
 }
 
 impl Product {
@@ -107,6 +109,7 @@ impl Product {
             bias: None,
             accumulate: false,
             dropout: None,
+            first_row: 0,
         }
     }
 
@@ -387,6 +390,9 @@ impl Lowering<'_> {
             self.bind(&mut call, "key", &self.view(dropout.key));
             call.number("stream", dropout.stream as usize).float("probability", dropout.probability);
             call.float("keep_scale", 1.0 / (1.0 - dropout.probability));
+            if product.first_row > 0 {
+                call.constant("LATER_ROWS", 1).number("first_row", product.first_row);
+            }
         }
         let mut alpha = product.scaling.alpha;
         if splits == 1 {

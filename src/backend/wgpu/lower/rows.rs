@@ -10,48 +10,59 @@ impl Lowering<'_> {
         match op {
             Op::Embedding { ids, weight, output, scale } => {
                 let (ids, weight, output) = (self.view(*ids), self.view(*weight), self.view(*output));
-                for (first, part) in self.parts(&weight) {
+                for (first_row, part) in self.parts(&weight) {
                     let part = self.unpacked(&part)?;
-                    let mut call = self.call("embedding");
-                    self.bind(&mut call, "ids", &ids);
-                    self.bind(&mut call, "weight", &part);
-                    self.bind(&mut call, "output", &output);
-                    call.number("first", first).number("rows", part.rows).number("columns", part.stride);
-                    call.float("scale", *scale);
-                    self.launch(call, [ids.elements(), 1, 1])?;
+                    for (first, count) in self.row_ranges(&[ids, output]) {
+                        let mut call = self.call("embedding");
+                        self.bind(&mut call, "ids", &ids.slice_rows(first, count));
+                        self.bind(&mut call, "weight", &part);
+                        self.bind(&mut call, "output", &output.slice_rows(first, count));
+                        call.number("first", first_row).number("rows", part.rows).number("columns", part.stride);
+                        call.float("scale", *scale);
+                        self.launch(call, [count, 1, 1])?;
+                    }
                 }
                 Ok(())
             }
             Op::EmbeddingBackward { ids, grad_output, grad_weight, scale } => {
                 let (ids, grad_output, weight) = (self.view(*ids), self.view(*grad_output), self.view(*grad_weight));
-                for (first, part) in self.parts(&weight) {
-                    let mut call = self.call("embedding_backward");
-                    self.bind(&mut call, "ids", &ids);
-                    self.bind(&mut call, "grad_output", &grad_output);
-                    self.bind(&mut call, "grad_weight", &part);
-                    let unscale = self.bind_unscale(&mut call, grad_output.dtype);
-                    call.number("first", first).number("rows", part.rows).number("columns", part.stride);
-                    call.number("tokens", ids.elements()).float("scale", *scale * unscale);
-                    call.iterations((part.stride.div_ceil(128) + 1) * (ids.elements() + 2));
-                    self.launch(call, [ids.elements(), 1, 1])?;
+                for (first_row, part) in self.parts(&weight) {
+                    for (first, count) in self.row_ranges(&[ids, grad_output]) {
+                        let mut call = self.call("embedding_backward");
+                        self.bind(&mut call, "ids", &ids.slice_rows(first, count));
+                        self.bind(&mut call, "grad_output", &grad_output.slice_rows(first, count));
+                        self.bind(&mut call, "grad_weight", &part);
+                        let unscale = self.bind_unscale(&mut call, grad_output.dtype);
+                        call.number("first", first_row).number("rows", part.rows).number("columns", part.stride);
+                        call.number("tokens", count).float("scale", *scale * unscale);
+                        call.iterations((part.stride.div_ceil(128) + 1) * (count + 2));
+                        self.launch(call, [count, 1, 1])?;
+                    }
                 }
                 Ok(())
             }
             Op::RmsNorm { input, residual, sum, weight, output, inverse_rms, epsilon, weight_offset } => {
                 self.choose_sums(op);
-                let input = self.view(*input);
-                let mut call = self.reducing("rms_norm");
-                self.bind(&mut call, "input", &input);
-                if let (Some(residual), Some(sum)) = (residual, sum) {
-                    call.constant("RESIDUAL", 1);
-                    self.bind(&mut call, "residual", &self.view(*residual));
-                    self.bind(&mut call, "sum", &self.view(*sum));
+                let [input, output, inverse_rms] = [input, output, inverse_rms].map(|id| self.view(*id));
+                let sums = residual.zip(*sum).map(|(residual, sum)| [self.view(residual), self.view(sum)]);
+                let views: Vec<View> =
+                    [input, output, inverse_rms].into_iter().chain(sums.into_iter().flatten()).collect();
+                for (first, count) in self.row_ranges(&views) {
+                    let mut call = self.reducing("rms_norm");
+                    self.bind(&mut call, "input", &input.slice_rows(first, count));
+                    if let Some([residual, sum]) = sums {
+                        call.constant("RESIDUAL", 1);
+                        self.bind(&mut call, "residual", &residual.slice_rows(first, count));
+                        self.bind(&mut call, "sum", &sum.slice_rows(first, count));
+                    }
+                    self.bind(&mut call, "weight", &self.view(*weight));
+                    self.bind(&mut call, "output", &output.slice_rows(first, count));
+                    self.bind(&mut call, "inverse_rms", &inverse_rms.slice_rows(first, count));
+                    call.number("columns", input.stride).float("epsilon", *epsilon);
+                    call.float("weight_offset", *weight_offset);
+                    self.launch(call, [count, 1, 1])?;
                 }
-                self.bind(&mut call, "weight", &self.view(*weight));
-                self.bind(&mut call, "output", &self.view(*output));
-                self.bind(&mut call, "inverse_rms", &self.view(*inverse_rms));
-                call.number("columns", input.stride).float("epsilon", *epsilon).float("weight_offset", *weight_offset);
-                self.launch(call, [input.rows, 1, 1])
+                Ok(())
             }
             Op::RmsNormBackward {
                 grad_output,
@@ -64,51 +75,65 @@ impl Lowering<'_> {
                 weight_offset,
             } => {
                 let (grad, input, inverse) = (self.view(*grad_output), self.view(*input), self.view(*inverse_rms));
+                let (grad_input, residual) = (self.view(*grad_input), residual_grad.map(|id| self.view(id)));
                 if let Some(grad_weight) = grad_weight {
                     let grad_weight = self.view(*grad_weight);
                     self.column_sum(&grad, Some((&input, &inverse)), &grad_weight)?;
                 }
-                let mut call = self.reducing("rms_norm_backward");
-                self.bind(&mut call, "grad_output", &grad);
-                self.bind(&mut call, "input", &input);
-                self.bind(&mut call, "weight", &self.view(*weight));
-                self.bind(&mut call, "inverse_rms", &inverse);
-                if let Some(residual) = residual_grad {
-                    call.constant("RESIDUAL", 1);
-                    self.bind(&mut call, "residual_grad", &self.view(*residual));
+                let views: Vec<View> = [grad, input, inverse, grad_input].into_iter().chain(residual).collect();
+                for (first, count) in self.row_ranges(&views) {
+                    let mut call = self.reducing("rms_norm_backward");
+                    self.bind(&mut call, "grad_output", &grad.slice_rows(first, count));
+                    self.bind(&mut call, "input", &input.slice_rows(first, count));
+                    self.bind(&mut call, "weight", &self.view(*weight));
+                    self.bind(&mut call, "inverse_rms", &inverse.slice_rows(first, count));
+                    if let Some(residual) = residual {
+                        call.constant("RESIDUAL", 1);
+                        self.bind(&mut call, "residual_grad", &residual.slice_rows(first, count));
+                    }
+                    self.bind(&mut call, "grad_input", &grad_input.slice_rows(first, count));
+                    call.number("columns", input.stride).float("weight_offset", *weight_offset);
+                    self.launch(call, [count, 1, 1])?;
                 }
-                self.bind(&mut call, "grad_input", &self.view(*grad_input));
-                call.number("columns", input.stride).float("weight_offset", *weight_offset);
-                self.launch(call, [input.rows, 1, 1])
+                Ok(())
             }
             Op::Rope { tensor, positions, inverse_frequency, head_dim, rotary_dim, scale, direction } => {
-                let tensor = self.columns(tensor);
-                let mut call = self.call("rope");
-                self.bind(&mut call, "tensor", &tensor);
-                self.bind(&mut call, "positions", &self.view(*positions));
-                self.bind(&mut call, "inverse_frequency", &self.view(*inverse_frequency));
-                call.number("stride", tensor.stride).number("start", tensor.start);
-                call.number("heads", tensor.width / head_dim).number("head_dim", *head_dim);
-                call.number("rotary", *rotary_dim).float("scale", *scale);
-                call.float("sign", if *direction == Direction::Forward { 1.0 } else { -1.0 });
-                self.launch(call, [tensor.rows, 1, 1])
+                let (tensor, positions) = (self.columns(tensor), self.view(*positions));
+                for (first, count) in self.row_ranges(&[tensor, positions]) {
+                    let mut call = self.call("rope");
+                    self.bind(&mut call, "tensor", &tensor.slice_rows(first, count));
+                    self.bind(&mut call, "positions", &positions.slice_rows(first, count));
+                    self.bind(&mut call, "inverse_frequency", &self.view(*inverse_frequency));
+                    call.number("stride", tensor.stride).number("start", tensor.start);
+                    call.number("heads", tensor.width / head_dim).number("head_dim", *head_dim);
+                    call.number("rotary", *rotary_dim).float("scale", *scale);
+                    call.float("sign", if *direction == Direction::Forward { 1.0 } else { -1.0 });
+                    self.launch(call, [count, 1, 1])?;
+                }
+                Ok(())
             }
             Op::Glu { gate_up, output, activation } => {
-                let output = self.view(*output);
-                let (mut call, groups) = self.gated("glu", &output, *activation);
-                let vector = output.stride.is_multiple_of(4);
-                self.bind_as(&mut call, "gate_up", &self.view(*gate_up), vector);
-                self.bind_as(&mut call, "output", &output, vector);
-                self.launch(call, [groups, output.rows, 1])
+                let (gate_up, output) = (self.view(*gate_up), self.view(*output));
+                for (first, count) in self.row_ranges(&[output, gate_up]) {
+                    let (mut call, groups) = self.gated("glu", &output, *activation);
+                    let vector = output.stride.is_multiple_of(4);
+                    self.bind_as(&mut call, "gate_up", &gate_up.slice_rows(first, count), vector);
+                    self.bind_as(&mut call, "output", &output.slice_rows(first, count), vector);
+                    self.launch(call, [groups, count, 1])?;
+                }
+                Ok(())
             }
             Op::GluBackward { grad_output, gate_up, grad_gate_up, activation } => {
-                let grad = self.view(*grad_output);
-                let (mut call, groups) = self.gated("glu_backward", &grad, *activation);
-                let vector = grad.stride.is_multiple_of(4);
-                self.bind_as(&mut call, "grad_output", &grad, vector);
-                self.bind_as(&mut call, "gate_up", &self.view(*gate_up), vector);
-                self.bind_as(&mut call, "grad_gate_up", &self.view(*grad_gate_up), vector);
-                self.launch(call, [groups, grad.rows, 1])
+                let [grad, gate_up, result] = [grad_output, gate_up, grad_gate_up].map(|id| self.view(*id));
+                for (first, count) in self.row_ranges(&[grad, gate_up, result]) {
+                    let (mut call, groups) = self.gated("glu_backward", &grad, *activation);
+                    let vector = grad.stride.is_multiple_of(4);
+                    self.bind_as(&mut call, "grad_output", &grad.slice_rows(first, count), vector);
+                    self.bind_as(&mut call, "gate_up", &gate_up.slice_rows(first, count), vector);
+                    self.bind_as(&mut call, "grad_gate_up", &result.slice_rows(first, count), vector);
+                    self.launch(call, [groups, count, 1])?;
+                }
+                Ok(())
             }
             Op::GatherRows { input, rows, output } => {
                 let (input, rows) = (self.view(*input), self.view(*rows));
@@ -159,21 +184,25 @@ impl Lowering<'_> {
         norm: Option<(&View, &View)>,
         target: &View,
     ) -> Result<(), EngineError> {
-        let part_rows = grad.rows.div_ceil(64).max(16);
-        let layers = grad.rows.div_ceil(part_rows);
-        let parts = self.scratch(layers * grad.width);
-        let mut call = self.call("column_sum");
-        self.bind(&mut call, "grad", grad);
-        if let Some((input, inverse)) = norm {
-            call.constant("NORM", 1);
-            self.bind(&mut call, "input", input);
-            self.bind(&mut call, "inverse_rms", inverse);
-        }
-        self.bind(&mut call, "parts", &parts);
-        call.number("rows", grad.rows).number("columns", grad.width).number("part_rows", part_rows);
-        call.number("stride", grad.stride).number("start", grad.start);
-        self.launch(call, [grad.width.div_ceil(64), layers, 1])?;
         let target = View { rows: 1, stride: grad.width, start: 0, width: grad.width, ..*target };
-        self.partial_sum(&parts, layers, &target, &super::product::Scaling::unscaled(grad.dtype), true)
+        let views: Vec<View> = [*grad].into_iter().chain(norm.into_iter().flat_map(|(i, r)| [*i, *r])).collect();
+        for (first, count) in self.row_ranges(&views) {
+            let part_rows = count.div_ceil(64).max(16);
+            let layers = count.div_ceil(part_rows);
+            let parts = self.scratch(layers * grad.width);
+            let mut call = self.call("column_sum");
+            self.bind(&mut call, "grad", &grad.slice_rows(first, count));
+            if let Some((input, inverse)) = norm {
+                call.constant("NORM", 1);
+                self.bind(&mut call, "input", &input.slice_rows(first, count));
+                self.bind(&mut call, "inverse_rms", &inverse.slice_rows(first, count));
+            }
+            self.bind(&mut call, "parts", &parts);
+            call.number("rows", count).number("columns", grad.width).number("part_rows", part_rows);
+            call.number("stride", grad.stride).number("start", grad.start);
+            self.launch(call, [grad.width.div_ceil(64), layers, 1])?;
+            self.partial_sum(&parts, layers, &target, &super::product::Scaling::unscaled(grad.dtype), true)?;
+        }
+        Ok(())
     }
 }
