@@ -1,7 +1,7 @@
 // adamw with moments in 8 bits (Dettmers et al. 2022, arXiv 2110.02861): blocks of 256 codes, the first moment's in the
 // signed table, the second's in the unsigned one, and one scale a block, the largest magnitude in it. A buffer holds
 // its scales, then its codes, four to a word. One block a workgroup. Where a parameter is bound in parts, this one begins at
-// `first_block` of all.
+// `first_block` of those that are bound of its states.
 var<workgroup> largest: array<vec2<f32>, 256>;
 var<workgroup> codes: array<vec2<u32>, 256>;
 

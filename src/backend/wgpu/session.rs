@@ -299,9 +299,9 @@ impl WgpuSession {
         self.gpu.wait()
     }
 
-    /// How a tensor is cut whose pieces have some columns each; rows lie as they do in the whole.
-    fn cut_by_columns(&self, view: &View) -> Option<Cut> {
-        self.storage.cut(view.place).filter(|cut| cut.columns < view.stride)
+    /// How a tensor is cut whose bytes lie otherwise in its pieces.
+    fn rearranging_cut(&self, view: &View) -> Option<Cut> {
+        self.storage.cut(view.place).filter(|cut| cut.rearranges(view))
     }
 
     fn submit(&self, launches: &[Launch]) -> Result<(), EngineError> {
@@ -331,7 +331,7 @@ impl Session for WgpuSession {
         self.check_length(buffer, bytes.len())?;
         let (view, entry) = (self.storage.view(buffer), self.plan.workload.buffer(buffer));
         let mut bytes = upload::converted(&entry.name, entry.dtype, view.dtype, &entry.shape, bytes)?;
-        if let Some(cut) = self.cut_by_columns(&view) {
+        if let Some(cut) = self.rearranging_cut(&view) {
             bytes = cut.arranged(view.dtype, [view.rows, view.stride], &bytes).into();
         }
         self.memory.upload(&self.gpu, view.place, view.offset, &bytes)
@@ -341,8 +341,8 @@ impl Session for WgpuSession {
         self.check_length(buffer, bytes.len())?;
         let (view, entry) = (self.storage.view(buffer), self.plan.workload.buffer(buffer));
         let (name, from, to, shape) = (entry.name.clone(), view.dtype, entry.dtype, entry.shape.clone());
-        if let Some(cut) = self.cut_by_columns(&view) {
-            let mut pieces = vec![0; view.stride.div_ceil(cut.columns) * cut.bytes as usize];
+        if let Some(cut) = self.rearranging_cut(&view) {
+            let mut pieces = vec![0; cut.total(from, [view.rows, view.stride])];
             self.memory.download(&self.gpu, &name, view.place, view.offset, &mut pieces)?;
             let held = cut.gathered(from, [view.rows, view.stride], &pieces);
             bytes.copy_from_slice(&upload::converted(&name, from, to, &shape, &held)?);

@@ -6,7 +6,7 @@
 //! Entries start at multiples of 128 elements, so that slabs of different element sizes keep step.
 //!
 //! A tensor that is too large for a buffer has a slab of its own, of several wgpu buffers with as many rows each; so has a
-//! quantized one that is too large for a binding, each of whose pieces is packed by itself. What works on tensors works
+//! quantized one, or an optimizer state in 8 bits, that is too large for a binding, each of whose pieces is packed by itself. What works on tensors works
 //! on parts of them that lie in one piece ([`Lowering::parts`](super::lower::Lowering)). A transient buffer that no segment
 //! holds lies in pieces in several; what works on rows works on ranges of them ([`Lowering::ranges`](super::lower::Lowering)).
 
@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::program::plan::Pieces;
-use crate::program::{BufferId, DType, Kind, Op, Placement, Plan};
+use crate::program::{BufferId, DType, Kind, Op, Placement, Plan, block8};
 
 /// A wgpu buffer of the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,26 +103,48 @@ pub struct Cut {
 }
 
 impl Cut {
+    /// Whether a tensor's bytes lie otherwise in its pieces than in the whole.
+    pub fn rearranges(&self, view: &View) -> bool {
+        self.columns < view.stride || view.dtype == DType::Block8
+    }
+
     /// The bytes of a tensor with these rows and columns as they lie in its pieces.
-    pub fn arranged(&self, dtype: DType, [rows, columns]: [usize; 2], bytes: &[u8]) -> Vec<u8> {
-        let mut pieces = vec![0; columns.div_ceil(self.columns) * self.bytes as usize];
-        self.moves(dtype, [rows, columns], |whole, piece, count| {
+    pub fn arranged(&self, dtype: DType, shape: [usize; 2], bytes: &[u8]) -> Vec<u8> {
+        let mut pieces = vec![0; self.total(dtype, shape)];
+        self.moves(dtype, shape, |whole, piece, count| {
             pieces[piece..piece + count].copy_from_slice(&bytes[whole..whole + count]);
         });
         pieces
     }
 
     /// The other way round.
-    pub fn gathered(&self, dtype: DType, [rows, columns]: [usize; 2], pieces: &[u8]) -> Vec<u8> {
-        let mut bytes = vec![0; dtype.bytes(&[rows, columns]) as usize];
-        self.moves(dtype, [rows, columns], |whole, piece, count| {
+    pub fn gathered(&self, dtype: DType, shape: [usize; 2], pieces: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; dtype.bytes(&shape) as usize];
+        self.moves(dtype, shape, |whole, piece, count| {
             bytes[whole..whole + count].copy_from_slice(&pieces[piece..piece + count]);
         });
         bytes
     }
 
-    /// Every row's share of every piece: where it lies in the whole, where in the pieces, its bytes.
+    /// Bytes of all pieces.
+    pub fn total(&self, dtype: DType, [rows, columns]: [usize; 2]) -> usize {
+        let (down, across) = (rows.div_ceil(self.rows), columns.div_ceil(self.columns));
+        let last = dtype.bytes(&[rows - (down - 1) * self.rows, self.columns]).next_multiple_of(256);
+        (down * across - 1) * self.bytes as usize + last as usize
+    }
+
+    /// Of what lies together in the whole and in a piece: where in the whole, where in the pieces, its bytes.
     fn moves(&self, dtype: DType, [rows, columns]: [usize; 2], mut each: impl FnMut(usize, usize, usize)) {
+        if dtype == DType::Block8 {
+            let (all, own) = (rows * columns, self.rows * columns);
+            for (piece, first) in (0..all).step_by(own).enumerate() {
+                let (at, count) = (piece * self.bytes as usize, own.min(all - first));
+                let scales = block8::scale_bytes(count);
+                each(block8::scale_bytes(first), at, scales);
+                each(block8::scale_bytes(all) + first, at + scales, count);
+            }
+            return;
+        }
         let size = dtype.bytes(&[1]) as usize;
         for (piece, first) in (0..columns).step_by(self.columns).enumerate() {
             let width = self.columns.min(columns - first);
@@ -314,8 +336,12 @@ fn cut(view: &View, heads: Option<(usize, usize)>, limits: Limits) -> Option<(Cu
     }
     // As many rows whatever the type: a parameter and its copy, its gradient and its moments are cut alike.
     let rows = (most / DType::F32.bytes(&[1, view.stride]).max(1)) as usize / 128 * 128;
-    let cuts = bytes > limits.buffer && rows > 0 && view.dtype != DType::Block8;
-    cuts.then(|| after_rows(rows))
+    let cuts = match view.dtype {
+        // Bound whole; blocks begin with a piece.
+        DType::Block8 => bytes > most && (rows * view.stride).is_multiple_of(block8::BLOCK),
+        _ => bytes > limits.buffer,
+    };
+    (cuts && rows > 0).then(|| after_rows(rows))
 }
 
 /// Heads of the key-value caches of a plan, by the caches' numbers: how many, and their dimensions.

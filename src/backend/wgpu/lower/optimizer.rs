@@ -63,28 +63,37 @@ impl Lowering<'_> {
                 let eight_bit = |id: BufferId| plan.workload.buffer(id).dtype == DType::Block8;
                 for part in parts.iter().filter(|part| eight_bit(part.first_moment)) {
                     let both = [self.view(part.parameter), self.view(part.gradient)];
-                    let all = both[0].flat().stride.div_ceil(block8::BLOCK);
+                    let states = [self.view(part.first_moment), self.view(part.second_moment)];
                     let refused = |why: String| {
                         let name = &plan.workload.buffer(part.parameter).name;
                         let what = format!("8-bit states of {name}: {why}; use train.optimizer = \"adamw\"");
                         EngineError::Unsupported { engine: super::super::adapter::ENGINE, what }
                     };
-                    let (states, binding) = (self.view(part.first_moment).bytes(), self.facts.limits.binding);
-                    if states > binding {
+                    // Both states are cut alike, if they are.
+                    let cut = self.cut(&states[0]);
+                    let (rows, bytes) = cut.map_or((states[0].rows, states[0].bytes()), |cut| (cut.rows, cut.bytes));
+                    let binding = self.facts.limits.binding;
+                    if bytes > binding {
                         return Err(refused(format!(
-                            "they take {states} bytes, and the adapter binds at most {binding}"
+                            "they take {bytes} bytes, and the adapter binds at most {binding}"
                         )));
                     }
+                    let piece = rows * states[0].stride;
                     let mut first = 0usize;
-                    for [parameter, gradient] in self.ranges(vec![both], block8::BLOCK) {
+                    for [parameter, gradient] in self.ranges_in_pieces(vec![both], block8::BLOCK, Some(piece)) {
                         if !first.is_multiple_of(block8::BLOCK) {
                             return Err(refused("the adapter's memory cuts the parameter within a block".into()));
                         }
+                        let [first_moment, second_moment] = states.map(|state| View {
+                            offset: state.offset + (first / piece) as u64 * bytes,
+                            rows: rows.min(state.rows - first / piece * rows),
+                            ..state
+                        });
                         let mut call = self.call("adamw_block8");
                         self.bind(&mut call, "parameter", &parameter);
                         self.bind(&mut call, "gradient", &gradient);
-                        self.bind_words(&mut call, "first_moment", &self.view(part.first_moment));
-                        self.bind_words(&mut call, "second_moment", &self.view(part.second_moment));
+                        self.bind_words(&mut call, "first_moment", &first_moment);
+                        self.bind_words(&mut call, "second_moment", &second_moment);
                         self.bind(&mut call, "norm", &self.view(*norm));
                         self.bind(&mut call, "hyper", &self.view(*hyper));
                         self.bind(&mut call, "table", &tables::view());
@@ -92,8 +101,9 @@ impl Lowering<'_> {
                         call.float("beta1", betas[0]).float("beta2", betas[1]);
                         call.float("epsilon", *epsilon).float("weight_decay", *weight_decay);
                         let blocks = parameter.stride.div_ceil(block8::BLOCK);
-                        call.number("blocks", blocks).number("all_blocks", all);
-                        call.number("first_block", first / block8::BLOCK);
+                        call.number("blocks", blocks);
+                        call.number("all_blocks", first_moment.elements().div_ceil(block8::BLOCK));
+                        call.number("first_block", first % piece / block8::BLOCK);
                         self.launch(call, [blocks.min(65535), blocks.div_ceil(65535), 1])?;
                         first += parameter.stride;
                     }
@@ -132,6 +142,16 @@ impl Lowering<'_> {
     /// Flat ranges that cover `tensors`: neighbours joined, padding between them included, and cut where a binding or a piece of
     /// memory ends, at multiples of `unit` elements for a binding. All views of a range have the same number of elements.
     fn ranges<const N: usize>(&self, tensors: Vec<[View; N]>, unit: usize) -> Vec<[View; N]> {
+        self.ranges_in_pieces(tensors, unit, None)
+    }
+
+    /// The same, cut besides after every so many elements of a tensor that is alone.
+    fn ranges_in_pieces<const N: usize>(
+        &self,
+        tensors: Vec<[View; N]>,
+        unit: usize,
+        piece: Option<usize>,
+    ) -> Vec<[View; N]> {
         let mut ranges: Vec<[View; N]> = Vec::new();
         for views in tensors {
             let views = views.map(|view| view.flat());
@@ -159,8 +179,8 @@ impl Lowering<'_> {
         let mut parts = Vec::new();
         for range in ranges {
             // A tensor that is cut is alone in its slab.
-            let piece = |view: &View| Some((self.cut(view)?.bytes / view.dtype.bytes(&[1])) as usize);
-            let pieces: Vec<usize> = range.iter().filter_map(piece).collect();
+            let own = |view: &View| Some((self.cut(view)?.bytes / view.dtype.bytes(&[1])) as usize);
+            let pieces: Vec<usize> = range.iter().filter_map(own).chain(piece).collect();
             let mut first = 0;
             while first < range[0].stride {
                 let ends = pieces.iter().map(|piece| piece - first % piece);
