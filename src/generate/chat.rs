@@ -86,7 +86,11 @@ impl Chat {
         let options = GenerationOptions { capacity, prefill_sizes: sizes };
         let adapter_options = adapter.map(Adapter::options);
         let workload = generation_workload(&model.config, &options, adapter_options.as_ref(), None, &choice.target)?;
-        let plan = plan::plan(workload, choice.target.clone())?;
+        let mut plan = plan::plan(workload, choice.target.clone())?;
+        if let Some(facts) = &choice.facts {
+            let bytes = facts.workspace(&plan)?;
+            plan = plan.with_workspace(bytes)?;
+        }
         let mut session = backend::open(plan, model.weights.clone(), &choice.device)?;
         let adapter = match adapter {
             Some(adapter) => Some(write_adapter(session.as_mut(), adapter)?),
