@@ -157,4 +157,13 @@ fn rows_above_every_limit_of_core_webgpu_are_lowered() {
         assert!(!plan.pieces.is_empty() && plan.segments.iter().all(|&bytes| bytes <= facts.limits.binding));
         facts.workspace(&plan).unwrap_or_else(|error| panic!("{model}, {tokens} tokens: {error}"));
     }
+    // Where bindings are large, many rows are no reason to leave cooperative matrices.
+    let (facts, target) = card(false);
+    let plan = planned("smollm2-135m", 70_016, Recompute::All, lora(None), &target);
+    let (storage, choices) = (Storage::new(&plan, facts.limits, facts.f16), Choices::new());
+    let mut lowering = Lowering::new(&plan, &storage, facts, &choices);
+    for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
+        lowering.op(&step.op).expect("it is lowered");
+    }
+    assert!(lowering.questions.iter().any(|question| question.key.starts_with("attention 70016 tokens")));
 }

@@ -1,6 +1,6 @@
 //! Attention: in training, backward, and with a cache.
 
-use super::{Call, Lowering, Work};
+use super::{Call, Lowering, MOST_WORKGROUPS, Work};
 use crate::backend::EngineError;
 use crate::backend::wgpu::storage::View;
 use crate::program::{AttentionShape, DType, Op};
@@ -28,7 +28,7 @@ impl Lowering<'_> {
         match op {
             Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } => {
                 let (qkv, output) = (self.view(*qkv), self.view(*output));
-                let ranges = self.row_ranges(&[qkv, output]);
+                let ranges = self.ranges_of_rows(&[qkv, output], most_rows(shape));
                 let variant = self.variant(op, shape, &qkv, ranges.len());
                 let (tile, file) = match variant {
                     Variant::Threads => (TILE, "attention"),
@@ -67,7 +67,7 @@ impl Lowering<'_> {
             } => {
                 let (qkv, output, grad) = (self.view(*qkv), self.view(*output), self.view(*grad_output));
                 let (delta, grad_qkv) = (self.view(*delta), self.view(*grad_qkv));
-                let ranges = self.row_ranges(&[qkv, output, grad, grad_qkv]);
+                let ranges = self.ranges_of_rows(&[qkv, output, grad, grad_qkv], most_rows(shape));
                 for &(first, count) in &ranges {
                     let values = count * shape.heads;
                     let mut call = self.call("attention_delta");
@@ -87,9 +87,10 @@ impl Lowering<'_> {
                     let by_keys = file == files[1];
                     for (number, &own) in ranges.iter().enumerate() {
                         // A range's own rows, then the keys before them or the queries after them.
-                        let others = if by_keys { &ranges[number..] } else { &ranges[..=number] };
-                        let others: Vec<(usize, usize)> =
-                            if by_keys { others.to_vec() } else { others.iter().rev().copied().collect() };
+                        let others: Vec<(usize, usize)> = match by_keys {
+                            true => ranges[number..].to_vec(),
+                            false => ranges[..=number].iter().rev().copied().collect(),
+                        };
                         for other in others {
                             let [queries, keys] = if by_keys { [other, own] } else { [own, other] };
                             let mut call = self.masked(file, shape, &qkv, tile);
@@ -218,6 +219,11 @@ impl Lowering<'_> {
         call.number("output_stride", shape.query_columns());
         call
     }
+}
+
+/// Rows of one range: the launch with the most workgroups has one for every 64 rows of a head.
+fn most_rows(shape: &AttentionShape) -> usize {
+    MOST_WORKGROUPS * 64 / shape.heads
 }
 
 fn options(call: &mut Call, shape: &AttentionShape) {

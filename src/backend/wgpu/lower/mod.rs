@@ -165,16 +165,21 @@ impl<'a> Lowering<'a> {
         View { start: columns.start, width: columns.width, ..self.view(columns.buffer) }
     }
 
-    /// Ranges of the rows that these views have, first row and count: one, but where a view lies in pieces, or rows are more
-    /// than there may be workgroups.
+    /// Ranges of the rows that these views have, first row and count, for launches with a workgroup a row: one, but where a
+    /// view lies in pieces or the rows are too many.
     pub(super) fn row_ranges(&self, views: &[View]) -> Vec<(usize, usize)> {
+        self.ranges_of_rows(views, MOST_WORKGROUPS)
+    }
+
+    /// The same of at most so many rows.
+    fn ranges_of_rows(&self, views: &[View], most: usize) -> Vec<(usize, usize)> {
         let rows = views.first().map_or(0, |view| view.rows);
         let mut ranges = Vec::new();
         let mut first = 0;
         while first < rows {
             let ends = views.iter().filter_map(|view| self.storage.rows_in_piece(&view.slice_rows(first, 1)));
             let count = ends.fold(rows - first, usize::min);
-            let count = if count > MOST_WORKGROUPS { MOST_WORKGROUPS / ROW_UNIT * ROW_UNIT } else { count };
+            let count = if count > most { (most / ROW_UNIT * ROW_UNIT).max(ROW_UNIT) } else { count };
             ranges.push((first, count));
             first += count;
         }
