@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use workbench::{
-    Bench, assert_whole_checkpoints, events, finish, kill, name, of_kind, until, until_step, updates, worker,
+    Bench, assert_whole_checkpoints, events, finish, first_line, kill, name, of_kind, until, until_step, updates, worker,
 };
 
 /// Long enough to be interrupted (some seconds, where a signal and a look at the journal take milliseconds), short enough
@@ -80,6 +80,7 @@ fn killing_whoever_watches_leaves_the_run_alone() {
     let bench = Bench::new();
     for signal in ["KILL", "HUP"] {
         let mut watcher = bench.spawn_train(&["--json"], LONG);
+        assert!(first_line(&mut watcher).contains("started"));
         let folder =
             until("the run", || bench.run_folders().pop().filter(|folder| folder.join("events.jsonl").exists()));
         until_step(&folder, 1);
@@ -153,7 +154,7 @@ fn a_run_on_the_wgsl_engine_is_killed_and_resumes_bit_for_bit() {
     assert_eq!(bench.tune(&["rm", "--yes", &name(&auto)]).code, 0);
 
     let device = format!("engine.device=wgpu:{}", adapter.index);
-    let short = ["train.steps=16", "train.batch=4", "train.save_every=5", "train.eval_every=8"];
+    let short = ["train.steps=60", "train.batch=4", "train.save_every=5", "train.eval_every=8"];
     let settings = [&short[..], &[device.as_str(), "train.optimizer=adamw8bit"]].concat();
     let output = bench.train(&["--json"], &settings);
     assert_eq!(output.code, 0, "{}", output.all());
@@ -412,7 +413,8 @@ fn runs_are_found_by_prefix_word_and_last() {
 fn two_may_watch_and_a_visitor_leaves_without_harm() {
     let bench = Bench::new();
     let folder = bench.detached(LONG);
-    let visitor = bench.command(&["attach", "@last"]).spawn().unwrap();
+    let mut visitor = bench.command(&["attach", "@last"]).spawn().unwrap();
+    first_line(&mut visitor);
     let follower = bench.command(&["logs", "--follow", "--json", "@last"]).spawn().unwrap();
     until_step(&folder, 1);
     kill(visitor.id(), "INT");

@@ -67,11 +67,13 @@ pub fn run(home: &Home, folder: &RunFolder, job: &dyn Job) -> Result<u8, RunErro
     let socket = runtime::socket_path(&format!("{}-{process}.sock", folder.id()));
     let entry = Holder { run: folder.id(), process, socket: socket.as_ref().ok().cloned() };
     let unwritable = |source| RunError::NotWritable { path: folder.path().to_owned(), source };
+    // Whoever sees the lock may send signals.
+    let (sender, commands) = channel();
+    listen_to_signals(sender.clone())?;
     let Some(lock) = Lock::take(&folder.lock_path(), &entry).map_err(unwritable)? else {
         return Err(RunError::Busy { id: folder.id() });
     };
     let journal = EventWriter::open(&folder.events_path()).map_err(unwritable)?;
-    let (sender, commands) = channel();
     let status = Status { run: folder.id(), process, state: "preparing".into(), step: 0, steps: 0 };
     let mut controls = WorkerControls {
         journal,
@@ -86,7 +88,6 @@ pub fn run(home: &Home, folder: &RunFolder, job: &dyn Job) -> Result<u8, RunErro
         deferred: VecDeque::new(),
         backlog: VecDeque::new(),
     };
-    listen_to_signals(sender.clone())?;
     let server = match socket.and_then(|path| control::Server::start(path, sender, controls.status.clone())) {
         Ok(server) => Some(server),
         Err(error) => {

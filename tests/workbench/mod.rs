@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -177,6 +178,18 @@ pub fn name(folder: &Path) -> String {
     folder.file_name().unwrap().to_str().unwrap().to_owned()
 }
 
+/// Waits for the first line that a process writes: it has begun what it is there for.
+pub fn first_line(child: &mut Child) -> String {
+    let mut line = String::new();
+    let output = child.stdout.as_mut().expect("its output is read");
+    // One byte at a time, so that the rest is there for others.
+    let mut byte = [0];
+    while output.read(&mut byte).expect("it writes") == 1 && byte[0] != b'\n' {
+        line.push(char::from(byte[0]));
+    }
+    line
+}
+
 pub fn finish(child: Child) -> Output {
     let output = child.wait_with_output().unwrap();
     Output {
@@ -217,7 +230,7 @@ pub fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
             return value;
         }
         assert!(started.elapsed() < Duration::from_secs(120), "{what} did not come");
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
