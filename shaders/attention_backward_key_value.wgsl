@@ -21,7 +21,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
   }
 #if RANGES
+  let begin = max(first, p.query_first);
   let end = min(workgroupUniformLoad(&bound), p.query_end);
+#if MORE
+  if (begin >= end) { return; }
+#end
 #else
   let end = min(workgroupUniformLoad(&bound), p.tokens);
 #end
@@ -33,7 +37,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
   for (var head = kv_head * p.group; head < (kv_head + 1u) * p.group; head++) {
 #if RANGES
-  for (var query0 = max(first, p.query_first); query0 < end; query0 += 32u) {
+  for (var query0 = begin; query0 < end; query0 += 32u) {
 #else
   for (var query0 = first; query0 < end; query0 += 32u) {
 #end

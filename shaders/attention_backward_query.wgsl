@@ -24,6 +24,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #if RANGES
   let begin = max(workgroupUniformLoad(&bound) / 32u * 32u, p.key_first);
   let end = min(first + 32u, p.key_end);
+#if MORE
+  if (begin >= end) { return; }
+#end
 #else
   let begin = workgroupUniformLoad(&bound) / 32u * 32u;
   let end = min(first + 32u, p.tokens);

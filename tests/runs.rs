@@ -6,7 +6,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use workbench::{
-    Bench, assert_whole_checkpoints, events, finish, first_line, kill, name, of_kind, until, until_step, updates, worker,
+    Bench, assert_whole_checkpoints, events, finish, first_line, kill, name, of_kind, until, until_step, updates,
+    worker,
 };
 
 /// Long enough to be interrupted (some seconds, where a signal and a look at the journal take milliseconds), short enough

@@ -97,6 +97,11 @@ fn write_inputs(session: &mut dyn Session) {
         let vocabulary = 500.0;
         let integers: Option<Vec<i32>> = match (buffer.kind, part) {
             (Kind::Input, "ids") => Some((0..count).map(|t| (number(t as u32, 0) * vocabulary) as i32 / 3).collect()),
+            (Kind::Input, "embedding_ids") => {
+                let id =
+                    |t: usize| if t.is_multiple_of(7) { -1 } else { (number(t as u32, 0) * vocabulary) as i32 / 3 };
+                Some((0..count).map(id).collect())
+            }
             (Kind::Input, "positions") => {
                 Some((0..count).map(|t| if starts.is_empty() { t } else { t - starts[document(t)] } as i32).collect())
             }
@@ -202,15 +207,41 @@ fn check(reference: &mut dyn Session, session: &mut dyn Session, tolerance: f64)
     });
 }
 
-fn compare(model: &Model, workload: impl Fn(&Target) -> Workload, options: &Options) {
+/// Runs every program as a whole, and compares gradients and what the host reads: nothing is put right in between.
+fn check_whole(reference: &mut dyn Session, session: &mut dyn Session, tolerance: f64) {
+    write_inputs(reference);
+    write_inputs(session);
+    let workload = session.plan().workload.clone();
+    for (program, entry) in workload.programs.iter().enumerate() {
+        reference.run(program).expect("runs");
+        session.run(program).expect("runs");
+        for (index, buffer) in workload.buffers.iter().enumerate() {
+            if !matches!(buffer.kind, Kind::Gradient | Kind::Output) || buffer.dtype != DType::F32 {
+                continue;
+            }
+            let want: Vec<f32> = bytemuck::pod_collect_to_vec(&read(reference, BufferId(index as u32)));
+            let got: Vec<f32> = bytemuck::pod_collect_to_vec(&read(session, BufferId(index as u32)));
+            let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+            let size = norm(&mut want.iter().map(|&x| f64::from(x)));
+            let error = norm(&mut want.iter().zip(&got).map(|(&x, &y)| f64::from(x) - f64::from(y))) / (size + 1e-12);
+            assert!(error <= tolerance, "after {}, {} is off by {error:.1e}", entry.name, buffer.name);
+        }
+    }
+}
+
+fn open_on(model: &Model, workload: Workload, options: &Options) -> impl Session {
     let target = wgpu::target(options).expect("a target");
+    wgpu::open(plan(workload, target).expect("a plan"), model.weights.clone(), options).expect("opens")
+}
+
+fn compare(model: &Model, workload: impl Fn(&Target) -> Workload, options: &Options) {
     // The reference runs the same operations, on buffers as large as they must be.
-    let workload = workload(&target);
+    let workload = workload(&wgpu::target(options).expect("a target"));
     let whole = plan(workload.clone(), cpu::target().expect("a target")).expect("a plan");
     let mut reference = cpu::open(whole, model.weights.clone()).expect("opens");
-    let mut session =
-        wgpu::open(plan(workload, target).expect("a plan"), model.weights.clone(), options).expect("opens");
+    let mut session = open_on(model, workload, options);
     check(&mut reference, &mut session, 1e-5);
+    check_whole(&mut reference, &mut session, 1e-4);
 }
 
 fn check_twins(options: Options) {
@@ -319,30 +350,44 @@ fn tensors_above_every_limit_are_cut() {
 /// attention on ranges of queries and of keys. Documents begin, end and go on across their ends.
 #[test]
 fn activations_above_a_binding_lie_in_pieces() {
-    const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
-        "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 500, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    // Pieces of 128 rows, of weights two of which are above a binding too.
+    const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 272,
+        "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 1,
+        "head_dim": 32, "vocab_size": 500, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "torch_dtype": "float32", "hidden_act": "silu", "tie_word_embeddings": false}"#;
-    // Of heads that no four elements divide, and a window.
-    const MISTRAL: &str = r#"{"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 120,
-        "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    // Of heads that no four elements divide, and a window; pieces of 256 rows, and parts of the MLP that begin within one.
+    const MISTRAL: &str = r#"{"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 180,
+        "intermediate_size": 84, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 1,
         "head_dim": 30, "vocab_size": 500, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "torch_dtype": "float32", "hidden_act": "silu", "tie_word_embeddings": false, "sliding_window": 150}"#;
+        "torch_dtype": "float32", "hidden_act": "silu", "tie_word_embeddings": false, "sliding_window": 100}"#;
     let open = |config: &str| {
         let config = ModelConfig::parse(config).expect("a configuration");
         let weights = Arc::new(RandomWeights::new(&config, 7));
         Model { folder: None, config, weights, random_weights: true, eos_token_ids: Vec::new() }
     };
-    let options = Options { narrow: Some([140 << 10, 400 << 10]), ..software(true) };
-    let target = wgpu::target(&options).expect("a target");
-    let llama = open(LLAMA);
-    let planned = plan(long_training(&llama, lora(0.0), &target), target).expect("a plan");
-    assert!(planned.pieces.len() > 20 && planned.segments.iter().all(|&bytes| bytes <= 140 << 10));
+    let planned = |model: &Model, method: Method, options: &Options| {
+        let target = wgpu::target(options).expect("a target");
+        let workload = long_training(model, method, &target);
+        let laid_out = plan(workload.clone(), target.clone()).expect("a plan");
+        assert!(laid_out.pieces.len() > 10, "{} buffers lie in pieces", laid_out.pieces.len());
+        assert!(laid_out.segments.iter().all(|&bytes| bytes <= target.largest_segment));
+        workload
+    };
+    let (llama, mistral) = (open(LLAMA), open(MISTRAL));
+    let narrow = |binding: u64| Options { narrow: Some([binding, 400 << 10]), ..software(true) };
     for method in [lora(0.0), lora(0.1), lora_on(Some(DType::Nf4), 0.0), Method::Full] {
-        compare(&llama, |target| long_training(&llama, method.clone(), target), &options);
+        compare(&llama, |_| planned(&llama, method.clone(), &narrow(140 << 10)), &narrow(140 << 10));
     }
-    let mistral = open(MISTRAL);
-    compare(&mistral, |target| long_training(&mistral, lora(0.0), target), &options);
+    compare(&mistral, |_| planned(&mistral, lora(0.0), &narrow(260 << 10)), &narrow(260 << 10));
+
+    // In f16 beside the same programs on buffers as large as they must be.
+    let half = Options { compute: Some(DType::F16), ..software(false) };
+    let pieces = Options { narrow: Some([140 << 10, 400 << 10]), ..half };
+    for method in [lora(0.0), lora_on(Some(DType::Nf4), 0.0)] {
+        let workload = planned(&llama, method, &pieces);
+        let mut whole = open_on(&llama, workload.clone(), &half);
+        check_whole(&mut whole, &mut open_on(&llama, workload, &pieces), 5e-3);
+    }
 }
 
 /// What a session takes is in the plan, partial sums and parameters of launches too; what opening it would be refused for the plan

@@ -595,9 +595,10 @@ fn place(
         }
         let buffer = workload.buffer(id);
         let Some(rows) = rows_of_piece(workload, target, &too_large, buffer.rows()) else {
+            let largest = too_large.iter().copied().max_by_key(|id| size(*id)).unwrap_or(id);
             return Err(PlanError::BufferTooLarge {
-                name: buffer.name.clone(),
-                bytes,
+                name: workload.buffer(largest).name.clone(),
+                bytes: size(largest),
                 limit: target.largest_segment,
                 target: target.name.clone(),
             });

@@ -93,7 +93,8 @@ impl Target {
         self.engine == "wgpu"
     }
 
-    /// Whether operations work on ranges of rows one after the other, so that no buffer must lie in one piece.
+    /// Whether the operations of training work on ranges of rows one after the other, so that what has a row a token may lie
+    /// in pieces.
     pub fn works_on_rows(&self) -> bool {
         self.engine == "wgpu"
     }

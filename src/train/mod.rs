@@ -90,7 +90,7 @@ impl TrainError {
                 several => format!("any one of these would fit: {}", several.join("; ")),
             },
             TrainError::Planning(planning::PlanningError::Plan(PlanError::BufferTooLarge { .. })) => {
-                "lower data.max_length, for a row is computed whole".into()
+                "lower data.max_length, for a row is computed whole, or choose another device".into()
             }
             TrainError::Data(error) => error.hint(),
             TrainError::Write { .. } => "free space on that disk, then `tune resume` the run".into(),

@@ -2,8 +2,8 @@
 //! stands as long as the same kernels run with the same parameters on the same ranges.
 
 use super::kernel::Kernel;
-use super::lower::{Choices, Dispatch, Facts, HALF_GRADIENT_FACTOR, Lowering};
-use super::storage::{Limits, Storage};
+use super::lower::{Choices, Dispatch, Facts, HALF_GRADIENT_FACTOR, Lowering, Question};
+use super::storage::{Limits, Place, Storage};
 use crate::model::{AdapterOptions, Method, ModelConfig, Recompute, TrainingOptions, names, training_workload};
 use crate::program::plan::plan;
 use crate::program::{DType, Plan, Rates, Target};
@@ -75,6 +75,23 @@ fn lora(weights: Option<DType>) -> Method {
     Method::Lora { adapter: AdapterOptions { rank: 16, targets, dropout: 0.0 }, weights }
 }
 
+struct Lowered {
+    kernels: Vec<Kernel>,
+    dispatches: Vec<Dispatch>,
+    questions: Vec<Question>,
+}
+
+/// All programs by rules, and what would be measured.
+fn lowered(plan: &Plan, facts: &Facts) -> Lowered {
+    let (storage, choices) = (Storage::new(plan, facts.limits, facts.f16), Choices::new());
+    let mut lowering = Lowering::new(plan, &storage, facts.clone(), &choices);
+    for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
+        lowering.op(&step.op).unwrap_or_else(|error| panic!("{}: {error}", step.name));
+    }
+    let Lowering { kernels, dispatches, questions, .. } = lowering;
+    Lowered { kernels, dispatches, questions }
+}
+
 /// FNV-1a.
 struct Fingerprint(u64);
 
@@ -100,13 +117,9 @@ impl Fingerprint {
     fn of(plan: &Plan, facts: &Facts) -> u64 {
         let mut fingerprint = Fingerprint(0xcbf2_9ce4_8422_2325);
         let storage = Storage::new(plan, facts.limits, facts.f16);
-        let choices = Choices::new();
-        let mut lowering = Lowering::new(plan, &storage, facts.clone(), &choices);
-        for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
-            lowering.op(&step.op).expect("it is lowered");
-        }
-        fingerprint.dispatches(&lowering.kernels, &lowering.dispatches);
-        for question in lowering.questions {
+        let Lowered { kernels, dispatches, questions } = lowered(plan, facts);
+        fingerprint.dispatches(&kernels, &dispatches);
+        for question in questions {
             for candidate in &question.candidates {
                 let choices = Choices::from([(question.key.clone(), candidate.clone())]);
                 let mut lowering = Lowering::new(plan, &storage, facts.clone(), &choices);
@@ -155,15 +168,18 @@ fn rows_above_every_limit_of_core_webgpu_are_lowered() {
     for (model, tokens, method) in cases {
         let plan = planned(model, tokens, Recompute::All, method, &target);
         assert!(!plan.pieces.is_empty() && plan.segments.iter().all(|&bytes| bytes <= facts.limits.binding));
-        facts.workspace(&plan).unwrap_or_else(|error| panic!("{model}, {tokens} tokens: {error}"));
+        for Dispatch { bindings, .. } in lowered(&plan, &facts).dispatches {
+            for (place, offset, bytes) in bindings {
+                assert!(offset.is_multiple_of(256) && bytes <= facts.limits.binding, "{place:?} {offset} {bytes}");
+                if let Place::Segment(segment) = place {
+                    assert!(offset + bytes <= plan.segments[segment], "{place:?} {offset} {bytes}");
+                }
+            }
+        }
     }
     // Where bindings are large, many rows are no reason to leave cooperative matrices.
     let (facts, target) = card(false);
     let plan = planned("smollm2-135m", 70_016, Recompute::All, lora(None), &target);
-    let (storage, choices) = (Storage::new(&plan, facts.limits, facts.f16), Choices::new());
-    let mut lowering = Lowering::new(&plan, &storage, facts, &choices);
-    for step in plan.workload.programs.iter().flat_map(|program| &program.steps) {
-        lowering.op(&step.op).expect("it is lowered");
-    }
-    assert!(lowering.questions.iter().any(|question| question.key.starts_with("attention 70016 tokens")));
+    let lowered = lowered(&plan, &facts);
+    assert!(lowered.questions.iter().any(|question| question.key.starts_with("attention 70016 tokens")));
 }

@@ -6,9 +6,10 @@
 //! Entries start at multiples of 128 elements, so that slabs of different element sizes keep step.
 //!
 //! A tensor that is too large for a buffer has a slab of its own, of several wgpu buffers with as many rows each; so has a
-//! quantized one, or an optimizer state in 8 bits, that is too large for a binding, each of whose pieces is packed by itself. What works on tensors works
-//! on parts of them that lie in one piece ([`Lowering::parts`](super::lower::Lowering)). A transient buffer that no segment
-//! holds lies in pieces in several; what works on rows works on ranges of them ([`Lowering::ranges`](super::lower::Lowering)).
+//! quantized one, or an optimizer state in 8 bits, that is too large for a binding, each of whose pieces is packed by
+//! itself. What works on tensors works on parts of them that lie in one piece
+//! ([`Lowering::parts`](super::lower::Lowering)). A transient buffer that no segment holds lies in pieces in several; what
+//! works on rows works on ranges of them ([`Lowering::row_ranges`](super::lower::Lowering)).
 
 use std::collections::HashMap;
 

@@ -481,13 +481,29 @@ mod tests {
             training_workload,
         };
         let options = super::super::Options { adapter: Some(0), compute: Some(compute), portable: false, narrow: None };
-        let target = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
+        let widest = super::super::target(&options).expect("a software Vulkan adapter: run tests/mesa.sh");
         let mut kernels = std::collections::BTreeSet::new();
-        let weights =
-            [(256, 512, None), (256, 1024, Some(DType::Nf4)), (192, 324, Some(DType::Int8)), (192, 324, None)];
-        for (hidden, intermediate, weights) in weights {
+        // The last two with bindings of so few bytes that activations lie in pieces, and with dropout and a window.
+        let layers = [
+            (256, 512, None, None),
+            (256, 1024, Some(DType::Nf4), None),
+            (192, 324, Some(DType::Int8), None),
+            (192, 324, None, None),
+            (192, 96, None, Some(200 << 10)),
+            (120, 56, None, Some(140 << 10)),
+        ];
+        for (hidden, intermediate, weights, binding) in layers {
+            let mut target = widest.clone();
+            let mut facts = facts.clone();
+            if let Some(binding) = binding {
+                (target.largest_segment, target.logits_bytes, facts.limits.binding) = (binding, binding, binding);
+            }
+            let (architecture, family) = match binding {
+                None => ("LlamaForCausalLM", "llama"),
+                Some(_) => ("MistralForCausalLM", "mistral"),
+            };
             let config = serde_json::json!({
-                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+                "architectures": [architecture], "model_type": family, "hidden_size": hidden, "sliding_window": 150,
                 "intermediate_size": intermediate, "num_hidden_layers": 1, "num_attention_heads": 4,
                 "num_key_value_heads": 2, "head_dim": hidden / 4, "vocab_size": 1024, "rms_norm_eps": 1e-5,
                 "rope_theta": 1e4, "max_position_embeddings": 4096, "tie_word_embeddings": true, "hidden_act": "silu",
@@ -495,7 +511,10 @@ mod tests {
             });
             let config = ModelConfig::parse(&config.to_string()).expect("a configuration");
             let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
-            let lora = Method::Lora { adapter: AdapterOptions { rank: 16, targets, dropout: 0.0 }, weights };
+            let lora = Method::Lora {
+                adapter: AdapterOptions { rank: 16, targets, dropout: if binding.is_some() { 0.1 } else { 0.0 } },
+                weights,
+            };
             for method in [lora, Method::Full] {
                 let options = TrainingOptions {
                     method,
@@ -518,7 +537,7 @@ mod tests {
                     lowering.op(&step.op).expect("lowered");
                 }
                 kernels.extend(lowering.kernels);
-                let (trials, _) = trials(&plan, &storage, facts, lowering.questions).expect("trials");
+                let (trials, _) = trials(&plan, &storage, &facts, lowering.questions).expect("trials");
                 kernels.extend(trials.into_iter().flat_map(|trial| trial.attempts).flat_map(|attempt| attempt.kernels));
             }
         }
@@ -576,6 +595,9 @@ mod tests {
         let portable = kernels(&facts(false, false, false), DType::F32);
         let half = kernels(&facts(true, true, false), DType::F16);
         assert!(portable.len() > 40 && half.len() > 40, "{} and {} kernels", portable.len(), half.len());
+        for constant in ["RANGES", "MORE", "LATER_ROWS", "RAGGED", "WINDOW"] {
+            assert!(portable.iter().any(|kernel| kernel.constants.contains_key(constant)), "no kernel has {constant}");
+        }
         for kernel in portable.union(&half) {
             let (module, info) = checked(kernel);
             let options = msl::Options { lang_version: (3, 0), fake_missing_bindings: true, ..Default::default() };

@@ -28,7 +28,7 @@ impl Lowering<'_> {
         match op {
             Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } => {
                 let (qkv, output) = (self.view(*qkv), self.view(*output));
-                let ranges = self.ranges_of_rows(&[qkv, output], most_rows(shape));
+                let ranges = self.row_ranges(&[qkv, output], usize::MAX);
                 let variant = self.variant(op, shape, &qkv, ranges.len());
                 let (tile, file) = match variant {
                     Variant::Threads => (TILE, "attention"),
@@ -37,7 +37,7 @@ impl Lowering<'_> {
                 let vector = by_fours(shape, &qkv);
                 for (number, &(first, count)) in ranges.iter().enumerate() {
                     // Its own keys, which every query sees some of, then those before.
-                    for keys in ranges[..=number].iter().rev() {
+                    for keys in ranges[..=number].iter().rev().filter(|keys| reaches(shape, (first, count), **keys)) {
                         let queries = qkv.slice_rows(first, count);
                         let mut call = self.masked(file, shape, &qkv, tile);
                         self.bind_as(&mut call, "qkv", &queries, vector);
@@ -67,8 +67,9 @@ impl Lowering<'_> {
             } => {
                 let (qkv, output, grad) = (self.view(*qkv), self.view(*output), self.view(*grad_output));
                 let (delta, grad_qkv) = (self.view(*delta), self.view(*grad_qkv));
-                let ranges = self.ranges_of_rows(&[qkv, output, grad, grad_qkv], most_rows(shape));
-                for &(first, count) in &ranges {
+                let ranges = self.row_ranges(&[qkv, output, grad, grad_qkv], usize::MAX);
+                // A workgroup for every 64 rows of a head.
+                for (first, count) in self.row_ranges(&[grad, output, delta], MOST_WORKGROUPS * 64 / shape.heads) {
                     let values = count * shape.heads;
                     let mut call = self.call("attention_delta");
                     self.bind(&mut call, "grad_output", &grad.slice_rows(first, count));
@@ -93,6 +94,9 @@ impl Lowering<'_> {
                         };
                         for other in others {
                             let [queries, keys] = if by_keys { [other, own] } else { [own, other] };
+                            if !reaches(shape, queries, keys) {
+                                continue;
+                            }
                             let mut call = self.masked(file, shape, &qkv, tile);
                             self.bind_as(&mut call, "qkv", &qkv.slice_rows(queries.0, queries.1), vector);
                             if ranges.len() > 1 {
@@ -221,9 +225,9 @@ impl Lowering<'_> {
     }
 }
 
-/// Rows of one range: the launch with the most workgroups has one for every 64 rows of a head.
-fn most_rows(shape: &AttentionShape) -> usize {
-    MOST_WORKGROUPS * 64 / shape.heads
+/// Whether one of these queries sees one of these keys, by their places alone.
+fn reaches(shape: &AttentionShape, queries: (usize, usize), keys: (usize, usize)) -> bool {
+    shape.window.is_none_or(|window| keys.0 + keys.1 + window >= queries.0 + 2)
 }
 
 fn options(call: &mut Call, shape: &AttentionShape) {

@@ -165,7 +165,7 @@ impl Lowering<'_> {
         });
         let runs = merge(runs.collect(), self.facts.limits.binding);
         for run in &runs {
-            let ranges = self.row_ranges(&run.views(input));
+            let ranges = self.row_ranges(&run.views(input), usize::MAX);
             if let Some(lora) = &run.lora {
                 for &(first, count) in &ranges {
                     let target = lora.middle.slice_rows(first, count);
@@ -221,7 +221,7 @@ impl Lowering<'_> {
         let runs = merge(runs.collect(), self.facts.limits.binding);
         let grad_input = grad_input.map(|id| self.view(id));
         let views = |run: &Run| -> Vec<View> { run.views(input).into_iter().chain(grad_input).collect() };
-        let ranges = self.row_ranges(&runs.iter().flat_map(views).collect::<Vec<View>>());
+        let ranges = self.row_ranges(&runs.iter().flat_map(views).collect::<Vec<View>>(), usize::MAX);
         for projection in projections {
             for &range in &ranges {
                 self.parameter_gradients(&input, projection, range)?;

@@ -36,7 +36,7 @@ impl Lowering<'_> {
         // Chunks of each range, counted from its start.
         let views: Vec<View> = [input].into_iter().chain(grad_input).collect();
         let chunks: Vec<(usize, usize, usize, usize)> = self
-            .row_ranges(&views)
+            .row_ranges(&views, usize::MAX)
             .into_iter()
             .flat_map(|(start, count)| {
                 (0..count).step_by(chunk).map(move |first| (start, count, first, chunk.min(count - first)))

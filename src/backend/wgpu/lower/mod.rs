@@ -50,6 +50,9 @@ pub struct Facts {
 /// [`Facts::loop_limit`] of software adapters, with room for loops that nobody counts.
 pub const SOFTWARE_LOOP_LIMIT: usize = 60_000;
 
+/// What helps where a binding is too small.
+const NARROWER: &str = "lower data.max_length (or a chat's --context), or choose another device";
+
 /// Workgroups of a launch in each of its three directions.
 const MOST_WORKGROUPS: usize = 65535;
 
@@ -165,14 +168,8 @@ impl<'a> Lowering<'a> {
         View { start: columns.start, width: columns.width, ..self.view(columns.buffer) }
     }
 
-    /// Ranges of the rows that these views have, first row and count, for launches with a workgroup a row: one, but where a
-    /// view lies in pieces or the rows are too many.
-    pub(super) fn row_ranges(&self, views: &[View]) -> Vec<(usize, usize)> {
-        self.ranges_of_rows(views, MOST_WORKGROUPS)
-    }
-
-    /// The same of at most so many rows.
-    fn ranges_of_rows(&self, views: &[View], most: usize) -> Vec<(usize, usize)> {
+    /// Ranges of the rows that these views have, first row and count, of at most so many: one, but where a view lies in pieces.
+    fn row_ranges(&self, views: &[View], most: usize) -> Vec<(usize, usize)> {
         let rows = views.first().map_or(0, |view| view.rows);
         let mut ranges = Vec::new();
         let mut first = 0;
@@ -248,7 +245,7 @@ impl<'a> Lowering<'a> {
         if let Some(name) = call.apart {
             let limit = self.facts.limits.binding;
             return Err(unsupported(format!(
-                "{file} on a {name} of more than the {limit} bytes that the adapter binds"
+                "{file} needs all of its {name}, more than the {limit} bytes that the adapter binds; {NARROWER}"
             )));
         }
         if let Some(limit) = self.facts.loop_limit.filter(|&limit| call.iterations > limit) {
@@ -260,8 +257,7 @@ impl<'a> Lowering<'a> {
         }
         if let Some(&(_, _, bytes)) = call.bindings.iter().find(|binding| binding.2 > self.facts.limits.binding) {
             return Err(unsupported(format!(
-                "{file} on a buffer of {bytes} bytes: the adapter binds at most {}; lower data.max_length (or a chat's \
-                 --context), or choose another device",
+                "{file} on a buffer of {bytes} bytes: the adapter binds at most {}; {NARROWER}",
                 self.facts.limits.binding
             )));
         }

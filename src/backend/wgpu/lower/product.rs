@@ -326,7 +326,8 @@ impl Lowering<'_> {
         let splits = if splittable && tiles * 2 <= wanted {
             // A part sums at least 128 terms, and all parts together take a modest scratch.
             let most = (steps * tile.bk / 128).max(1);
-            (wanted / tiles).min(most).clamp(1, 64)
+            let bound = self.facts.limits.binding as usize / (4 * product.m * product.n);
+            (wanted / tiles).min(most).min(bound).clamp(1, 64)
         } else {
             1
         };

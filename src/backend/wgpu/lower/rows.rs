@@ -1,6 +1,6 @@
 //! Operations that treat rows one by one: embedding, norms, rotary positions, gated units.
 
-use super::{Call, Lowering};
+use super::{Call, Lowering, MOST_WORKGROUPS};
 use crate::backend::EngineError;
 use crate::backend::wgpu::storage::View;
 use crate::program::{Activation, Direction, Op};
@@ -12,7 +12,7 @@ impl Lowering<'_> {
                 let (ids, weight, output) = (self.view(*ids), self.view(*weight), self.view(*output));
                 for (first_row, part) in self.parts(&weight) {
                     let part = self.unpacked(&part)?;
-                    for (first, count) in self.row_ranges(&[ids, output]) {
+                    for (first, count) in self.row_ranges(&[ids, output], MOST_WORKGROUPS) {
                         let mut call = self.call("embedding");
                         self.bind(&mut call, "ids", &ids.slice_rows(first, count));
                         self.bind(&mut call, "weight", &part);
@@ -27,7 +27,7 @@ impl Lowering<'_> {
             Op::EmbeddingBackward { ids, grad_output, grad_weight, scale } => {
                 let (ids, grad_output, weight) = (self.view(*ids), self.view(*grad_output), self.view(*grad_weight));
                 for (first_row, part) in self.parts(&weight) {
-                    for (first, count) in self.row_ranges(&[ids, grad_output]) {
+                    for (first, count) in self.row_ranges(&[ids, grad_output], MOST_WORKGROUPS) {
                         let mut call = self.call("embedding_backward");
                         self.bind(&mut call, "ids", &ids.slice_rows(first, count));
                         self.bind(&mut call, "grad_output", &grad_output.slice_rows(first, count));
@@ -47,7 +47,7 @@ impl Lowering<'_> {
                 let sums = residual.zip(*sum).map(|(residual, sum)| [self.view(residual), self.view(sum)]);
                 let views: Vec<View> =
                     [input, output, inverse_rms].into_iter().chain(sums.into_iter().flatten()).collect();
-                for (first, count) in self.row_ranges(&views) {
+                for (first, count) in self.row_ranges(&views, MOST_WORKGROUPS) {
                     let mut call = self.reducing("rms_norm");
                     self.bind(&mut call, "input", &input.slice_rows(first, count));
                     if let Some([residual, sum]) = sums {
@@ -81,7 +81,7 @@ impl Lowering<'_> {
                     self.column_sum(&grad, Some((&input, &inverse)), &grad_weight)?;
                 }
                 let views: Vec<View> = [grad, input, inverse, grad_input].into_iter().chain(residual).collect();
-                for (first, count) in self.row_ranges(&views) {
+                for (first, count) in self.row_ranges(&views, MOST_WORKGROUPS) {
                     let mut call = self.reducing("rms_norm_backward");
                     self.bind(&mut call, "grad_output", &grad.slice_rows(first, count));
                     self.bind(&mut call, "input", &input.slice_rows(first, count));
@@ -99,7 +99,7 @@ impl Lowering<'_> {
             }
             Op::Rope { tensor, positions, inverse_frequency, head_dim, rotary_dim, scale, direction } => {
                 let (tensor, positions) = (self.columns(tensor), self.view(*positions));
-                for (first, count) in self.row_ranges(&[tensor, positions]) {
+                for (first, count) in self.row_ranges(&[tensor, positions], MOST_WORKGROUPS) {
                     let mut call = self.call("rope");
                     self.bind(&mut call, "tensor", &tensor.slice_rows(first, count));
                     self.bind(&mut call, "positions", &positions.slice_rows(first, count));
@@ -114,7 +114,7 @@ impl Lowering<'_> {
             }
             Op::Glu { gate_up, output, activation } => {
                 let (gate_up, output) = (self.view(*gate_up), self.view(*output));
-                for (first, count) in self.row_ranges(&[output, gate_up]) {
+                for (first, count) in self.row_ranges(&[output, gate_up], MOST_WORKGROUPS) {
                     let (mut call, groups) = self.gated("glu", &output, *activation);
                     let vector = output.stride.is_multiple_of(4);
                     self.bind_as(&mut call, "gate_up", &gate_up.slice_rows(first, count), vector);
@@ -125,7 +125,7 @@ impl Lowering<'_> {
             }
             Op::GluBackward { grad_output, gate_up, grad_gate_up, activation } => {
                 let [grad, gate_up, result] = [grad_output, gate_up, grad_gate_up].map(|id| self.view(*id));
-                for (first, count) in self.row_ranges(&[grad, gate_up, result]) {
+                for (first, count) in self.row_ranges(&[grad, gate_up, result], MOST_WORKGROUPS) {
                     let (mut call, groups) = self.gated("glu_backward", &grad, *activation);
                     let vector = grad.stride.is_multiple_of(4);
                     self.bind_as(&mut call, "grad_output", &grad.slice_rows(first, count), vector);
@@ -186,7 +186,7 @@ impl Lowering<'_> {
     ) -> Result<(), EngineError> {
         let target = View { rows: 1, stride: grad.width, start: 0, width: grad.width, ..*target };
         let views: Vec<View> = [*grad].into_iter().chain(norm.into_iter().flat_map(|(i, r)| [*i, *r])).collect();
-        for (first, count) in self.row_ranges(&views) {
+        for (first, count) in self.row_ranges(&views, MOST_WORKGROUPS) {
             let part_rows = count.div_ceil(64).max(16);
             let layers = count.div_ceil(part_rows);
             let parts = self.scratch(layers * grad.width);
