@@ -323,6 +323,9 @@ fn optimizer_states_in_8_bits_agree_with_the_cpu_engine() {
     let weights = Arc::new(RandomWeights::new(&config, 7));
     let wordy = Model { folder: None, config, weights, random_weights: true, eos_token_ids: Vec::new() };
     compare(&wordy, |target| workload(&wordy, target), &narrow);
+    // And where the embedding itself fits a buffer.
+    let narrow = Options { narrow: Some([100 << 10, 1 << 20]), ..software(true) };
+    compare(&wordy, |target| workload(&wordy, target), &narrow);
 }
 
 /// A model most of whose matrices, and whose caches, are above the limits that it is given: they lie in several buffers, and
