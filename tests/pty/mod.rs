@@ -123,7 +123,7 @@ impl Workbench {
         };
         // All that it wrote lies in the terminal by now; the end of the output is not waited for, as it may have
         // left children on the terminal.
-        while let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(500)) {
+        while let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(2000)) {
             self.take(bytes);
         }
         status
