@@ -1,6 +1,6 @@
 // What attention on threads has in common, forward and backward.
-//   RANGES  `qkv`, what belongs to queries and their gradients begin at the query query_first, `keys`, with its keys and
-//           values, at key_first; of both a launch has those before query_end and key_end. Without it they are all there.
+//   RANGES  a launch has the queries query_first..query_end, with which `qkv` and all that is bound of queries begins, and
+//           the keys and values key_first..key_end, with which `keys` begins; without it, all of them
 //   MORE    adds to a result of other ranges
 // Tiles are 32 rows. Thread (y, x) of 16 x 16 owns rows 2y and 2y+1: of a 32x32 product columns x and x+16, of a
 // 32 x HEAD_DIM product elements 4x..4x+4 of each 64 columns.

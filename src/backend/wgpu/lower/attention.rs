@@ -172,8 +172,9 @@ impl Lowering<'_> {
         call.number("key_first", keys.0).number("key_end", keys.0 + keys.1);
     }
 
-    /// The kernels that attention runs on, the cooperative ones where there is one range of rows: what was measured to agree with the threads' and to be the fastest. No rule
-    /// chooses cooperative matrices; `TUNE_COOPERATIVE_ATTENTION` does, for the check: 1 or 2, a number of [`Variant`].
+    /// The kernels that attention runs on, the cooperative ones only for one range of rows: what was measured to agree with the
+    /// threads' and to be the fastest. No rule chooses cooperative matrices; `TUNE_COOPERATIVE_ATTENTION` does, for the check:
+    /// 1 or 2, a number of [`Variant`].
     fn variant(&mut self, op: &Op, shape: &AttentionShape, qkv: &View, ranges: usize) -> Variant {
         if ranges > 1 || !self.fits_fragments(shape, qkv) {
             return Variant::Threads;
