@@ -25,11 +25,11 @@ fi
 
 cargo fmt --check
 cargo clippy --release --all-targets -- -D warnings
-# One test binary at a time, and few tests at once: each engine uses all cores.
-cargo test --release -- --test-threads=2
+# One test binary at a time, and few tests at once: each engine uses all cores. What they print says what was left out.
+cargo test --release -- --test-threads=2 --show-output
 # The tiny models' golden numbers again on software Vulkan.
-TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f32 cargo test --release --test golden -- --test-threads=1 tiny
+TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f32 cargo test --release --test golden -- --test-threads=1 --show-output tiny
 # In 16 bits, which an adapter with f16 takes by itself, within the bounds of that.
-TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f16 cargo test --release --test golden -- half_precision_takes_the_golden_steps_of_tiny_models
+TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f16 cargo test --release --test golden -- --show-output half_precision_takes_the_golden_steps_of_tiny_models
 # And the first two of SmolLM2's golden LoRA steps there.
-TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f32 TUNE_TEST_STEPS=2 cargo test --release --test golden -- smollm2_takes_the_golden_lora_steps
+TUNE_TEST_DEVICE=wgpu:0 TUNE_TEST_PRECISION=f32 TUNE_TEST_STEPS=2 cargo test --release --test golden -- --show-output smollm2_takes_the_golden_lora_steps
