@@ -86,16 +86,9 @@ fn method(kind: &str, rank: usize) -> anyhow::Result<Method> {
 /// One micro-batch size, everything kept.
 fn options(config: &ModelConfig, method: Method, tokens: usize) -> TrainingOptions {
     TrainingOptions {
-        method,
-        sizes: vec![tokens],
         evaluate: false,
-        recompute: vec![Recompute::None; config.layers],
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
         eight_bit: true,
-        generation: None,
+        ..TrainingOptions::new(method, vec![tokens], vec![Recompute::None; config.layers])
     }
 }
 

@@ -450,22 +450,18 @@ fn step(
     let tokens = batch * sequence;
     let method = ["qlora", "full"].into_iter().find(|name| words.contains(name)).unwrap_or("lora");
     let options = TrainingOptions {
-        method: match method {
-            "full" => Method::Full,
-            _ => Method::Lora {
-                adapter: AdapterOptions { rank: 16, targets, dropout: 0.0 },
-                weights: (method == "qlora").then_some(DType::Nf4),
-            },
-        },
-        sizes: vec![tokens],
         evaluate: false,
-        recompute: vec![recompute; config.layers],
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
-        eight_bit: false,
-        generation: None,
+        ..TrainingOptions::new(
+            match method {
+                "full" => Method::Full,
+                _ => Method::Lora {
+                    adapter: AdapterOptions { rank: 16, targets, dropout: 0.0 },
+                    weights: (method == "qlora").then_some(DType::Nf4),
+                },
+            },
+            vec![tokens],
+            vec![recompute; config.layers],
+        )
     };
     let target = wgpu::target(engine)?;
     let workload = training_workload(&config, &options, &target)?;

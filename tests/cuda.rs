@@ -167,16 +167,9 @@ const TOKENS: usize = 256;
 
 fn options(config: &ModelConfig, method: &Method, recompute: Recompute, eight_bit: bool) -> TrainingOptions {
     TrainingOptions {
-        method: method.clone(),
-        sizes: vec![TOKENS],
         evaluate: false,
-        recompute: vec![recompute; config.layers],
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
         eight_bit,
-        generation: None,
+        ..TrainingOptions::new(method.clone(), vec![TOKENS], vec![recompute; config.layers])
     }
 }
 

@@ -29,18 +29,11 @@ fn hundreds_of_steps_leak_nothing() {
         wgpu::Options { adapter: Some(software.index), compute: Some(DType::F32), portable: false, narrow: None };
     let target = wgpu::target(&options).expect("a target");
     let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
-    let training = TrainingOptions {
-        method: Method::Lora { adapter: AdapterOptions { rank: 4, targets, dropout: 0.0 }, weights: None },
-        sizes: vec![TOKENS],
-        evaluate: true,
-        recompute: vec![Recompute::None; model.config.layers],
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
-        eight_bit: false,
-        generation: None,
-    };
+    let training = TrainingOptions::new(
+        Method::Lora { adapter: AdapterOptions { rank: 4, targets, dropout: 0.0 }, weights: None },
+        vec![TOKENS],
+        vec![Recompute::None; model.config.layers],
+    );
     let workload = training_workload(&model.config, &training, &target).expect("a workload");
     let mut session =
         wgpu::open(plan(workload, target).expect("a plan"), model.weights.clone(), &options).expect("opens");

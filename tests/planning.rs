@@ -32,18 +32,7 @@ fn qlora(rank: usize) -> Method {
 }
 
 fn options(method: Method) -> TrainingOptions {
-    TrainingOptions {
-        method,
-        sizes: Vec::new(),
-        evaluate: true,
-        recompute: Vec::new(),
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
-        eight_bit: true,
-        generation: None,
-    }
+    TrainingOptions { eight_bit: true, ..TrainingOptions::new(method, Vec::new(), Vec::new()) }
 }
 
 fn card(name: &str) -> Target {

@@ -67,18 +67,7 @@ fn long_training(model: &Model, method: Method, target: &Target) -> Workload {
 
 /// Without sizes, and what is recomputed.
 fn training_options(method: Method) -> TrainingOptions {
-    TrainingOptions {
-        method,
-        sizes: Vec::new(),
-        evaluate: true,
-        recompute: Vec::new(),
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
-        eight_bit: false,
-        generation: None,
-    }
+    TrainingOptions::new(method, Vec::new(), Vec::new())
 }
 
 fn number(row: u32, column: u32) -> f32 {

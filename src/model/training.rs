@@ -68,6 +68,24 @@ pub struct TrainingOptions {
     pub generation: Option<GenerationOptions>,
 }
 
+impl TrainingOptions {
+    /// With evaluation, PyTorch's defaults of AdamW, gradients clipped to a norm of 1, and no samples.
+    pub fn new(method: Method, sizes: Vec<usize>, recompute: Vec<Recompute>) -> Self {
+        Self {
+            method,
+            sizes,
+            evaluate: true,
+            recompute,
+            betas: [0.9, 0.999],
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            max_grad_norm: 1.0,
+            eight_bit: false,
+            generation: None,
+        }
+    }
+}
+
 /// Builds the programs of a training run.
 ///
 /// # Errors

@@ -123,16 +123,10 @@ impl Run {
 
     pub fn options(&self, layers: usize) -> TrainingOptions {
         TrainingOptions {
-            method: self.method.clone(),
-            sizes: vec![self.size],
-            evaluate: true,
-            recompute: vec![self.recompute; layers],
             betas: self.betas,
-            epsilon: 1e-8,
             weight_decay: self.weight_decay,
             max_grad_norm: self.max_grad_norm,
-            eight_bit: false,
-            generation: None,
+            ..TrainingOptions::new(self.method.clone(), vec![self.size], vec![self.recompute; layers])
         }
     }
 

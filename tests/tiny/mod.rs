@@ -13,18 +13,7 @@ use tune::program::{DType, Kind, random};
 pub const TOKENS: usize = 64;
 
 pub fn options(method: Method, recompute: Recompute, layers: usize) -> TrainingOptions {
-    TrainingOptions {
-        method,
-        sizes: vec![TOKENS],
-        evaluate: true,
-        recompute: vec![recompute; layers],
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
-        eight_bit: false,
-        generation: None,
-    }
+    TrainingOptions::new(method, vec![TOKENS], vec![recompute; layers])
 }
 
 pub fn lora() -> Method {

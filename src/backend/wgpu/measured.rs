@@ -55,16 +55,8 @@ fn config(model: &str) -> ModelConfig {
 fn planned(model: &str, tokens: usize, recompute: Recompute, method: Method, target: &Target) -> Plan {
     let config = config(model);
     let options = TrainingOptions {
-        method,
-        sizes: vec![tokens],
         evaluate: false,
-        recompute: vec![recompute; config.layers],
-        betas: [0.9, 0.999],
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
-        eight_bit: false,
-        generation: None,
+        ..TrainingOptions::new(method, vec![tokens], vec![recompute; config.layers])
     };
     let workload = training_workload(&config, &options, target).expect("a workload");
     plan(workload, target.clone()).expect("a plan")
@@ -168,6 +160,10 @@ fn rows_above_every_limit_of_core_webgpu_are_lowered() {
     for (model, tokens, method) in cases {
         let plan = planned(model, tokens, Recompute::All, method, &target);
         assert!(!plan.pieces.is_empty() && plan.segments.iter().all(|&bytes| bytes <= facts.limits.binding));
+        facts.workspace(&plan).unwrap_or_else(|error| panic!("{model}, {tokens} tokens: {error}"));
+        let alive = plan.summary.programs.iter().map(|program| program.arena_bytes).max().unwrap_or(0) >> 20;
+        let arena = plan.segments.iter().sum::<u64>() >> 20;
+        println!("{model}, {tokens} tokens: an arena of {arena} MiB for {alive} MiB alive at once");
         for Dispatch { bindings, .. } in lowered(&plan, &facts).dispatches {
             for (place, offset, bytes) in bindings {
                 assert!(offset.is_multiple_of(256) && bytes <= facts.limits.binding, "{place:?} {offset} {bytes}");

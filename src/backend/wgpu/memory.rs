@@ -3,7 +3,7 @@
 use super::adapter::{ENGINE, Gpu};
 use super::storage::Place;
 use crate::backend::EngineError;
-use crate::program::plan;
+use crate::program::plan::Pieces;
 
 /// Bytes that are copied to or from the host at once.
 pub(super) const TRANSFER_BYTES: u64 = 64 << 20;
@@ -11,8 +11,8 @@ pub(super) const TRANSFER_BYTES: u64 = 64 << 20;
 pub(super) struct Memory {
     pub segments: Vec<wgpu::Buffer>,
     /// Where buffers in pieces lie in the segments.
-    pub pieces: Vec<plan::Pieces>,
-    pub slabs: Vec<Pieces>,
+    pub pieces: Vec<Pieces>,
+    pub slabs: Vec<SlabBuffers>,
     pub scratch: Option<wgpu::Buffer>,
     pub unpacked: Option<wgpu::Buffer>,
     pub tables: wgpu::Buffer,
@@ -21,7 +21,7 @@ pub(super) struct Memory {
 }
 
 /// A slab.
-pub(super) struct Pieces {
+pub(super) struct SlabBuffers {
     /// Bytes of each but the last.
     pub bytes: u64,
     pub buffers: Vec<wgpu::Buffer>,

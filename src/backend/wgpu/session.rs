@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::adapter::{Compiled, ENGINE, Gpu, Options};
 use super::kernel::Kernel;
 use super::lower::{Choices, Dispatch, Facts, Lowering, Question};
-use super::memory::{Memory, Pieces, TRANSFER_BYTES};
+use super::memory::{Memory, SlabBuffers, TRANSFER_BYTES};
 use super::storage::{Cut, Slab, Storage, View};
 use super::tuning::Measurement;
 use super::{cache, quantized, tables, tuning, upload};
@@ -179,17 +179,17 @@ impl WgpuSession {
         gpu.queue.write_buffer(&table, 0, bytemuck::cast_slice(&values));
         let segments = all("arena segment", &storage.segments)?;
         let unpacked = if lowered.unpacked > 0 { all("unpacked weight", &[lowered.unpacked])?.pop() } else { None };
-        let mut pieces = |slab: &Slab| -> Result<Pieces, EngineError> {
+        let mut buffers = |slab: &Slab| -> Result<SlabBuffers, EngineError> {
             let bytes = slab.cut.map_or(slab.bytes, |cut| cut.bytes);
             let sizes: Vec<u64> =
                 (0..slab.bytes).step_by(bytes as usize).map(|first| bytes.min(slab.bytes - first)).collect();
-            Ok(Pieces { bytes, buffers: all("slab", &sizes)? })
+            Ok(SlabBuffers { bytes, buffers: all("slab", &sizes)? })
         };
         let mut memory = Memory {
             tables: table,
             segments,
             pieces: storage.pieces.clone(),
-            slabs: storage.slabs.iter().map(&mut pieces).collect::<Result<_, _>>()?,
+            slabs: storage.slabs.iter().map(&mut buffers).collect::<Result<_, _>>()?,
             scratch: None,
             unpacked,
             staging: None,

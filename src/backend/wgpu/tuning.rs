@@ -517,16 +517,8 @@ mod tests {
             };
             for method in [lora, Method::Full] {
                 let options = TrainingOptions {
-                    method,
-                    sizes: vec![512],
-                    evaluate: true,
-                    recompute: vec![Recompute::None],
-                    betas: [0.9, 0.999],
-                    epsilon: 1e-8,
-                    weight_decay: 0.01,
-                    max_grad_norm: 1.0,
-                    eight_bit: false,
                     generation: Some(GenerationOptions { capacity: 64, prefill_sizes: vec![16] }),
+                    ..TrainingOptions::new(method, vec![512], vec![Recompute::None])
                 };
                 let workload = training_workload(&config, &options, &target).expect("a workload");
                 let plan = crate::program::plan::plan(workload, target.clone()).expect("a plan");

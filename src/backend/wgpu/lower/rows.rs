@@ -186,7 +186,7 @@ impl Lowering<'_> {
     ) -> Result<(), EngineError> {
         let target = View { rows: 1, stride: grad.width, start: 0, width: grad.width, ..*target };
         let views: Vec<View> = [*grad].into_iter().chain(norm.into_iter().flat_map(|(i, r)| [*i, *r])).collect();
-        for (first, count) in self.row_ranges(&views, MOST_WORKGROUPS) {
+        for (first, count) in self.row_ranges(&views, usize::MAX) {
             let part_rows = count.div_ceil(64).max(16);
             let layers = count.div_ceil(part_rows);
             let parts = self.scratch(layers * grad.width);
