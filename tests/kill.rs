@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use pty::Workbench;
 use workbench::{
-    Bench, assert_checkpoints_open, assert_whole_checkpoints, events, kill, of_kind, until, until_step, worker,
+    Bench, assert_checkpoints_open, assert_whole_checkpoints, events, kill, of_kind, until, until_no_worker,
+    until_step, worker,
 };
 
 /// Goes on until it is stopped, and saves all the time.
@@ -63,7 +64,7 @@ fn fifty_signals_at_random_moments_lose_no_run() {
             assert_eq!(worker(&folder), process, "a hang-up is not for a process that has no terminal");
             continue;
         }
-        until("the end of the worker", || tune::run::lock::holder(&folder.join("worker.lock")).is_none().then_some(()));
+        until_no_worker(&folder);
         assert_checkpoints_open(&folder);
         let state = bench.summary(&folder)["state"].clone();
         assert_eq!(state, if signal == "KILL" { "dead" } else { "stopped" });

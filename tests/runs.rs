@@ -6,8 +6,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use workbench::{
-    Bench, assert_whole_checkpoints, events, finish, first_line, kill, name, of_kind, until, until_step, updates,
-    worker,
+    Bench, assert_whole_checkpoints, events, finish, first_line, kill, name, of_kind, until, until_no_worker,
+    until_step, updates, worker,
 };
 
 /// Long enough to be interrupted (some seconds, where a signal and a look at the journal take milliseconds), short enough
@@ -164,7 +164,7 @@ fn a_run_on_the_wgsl_engine_is_killed_and_resumes_bit_for_bit() {
     let folder = bench.detached(&settings);
     until_step(&folder, 7);
     kill(worker(&folder), "KILL");
-    until("the end of the worker", || tune::run::lock::holder(&folder.join("worker.lock")).is_none().then_some(()));
+    until_no_worker(&folder);
     let resumed = bench.tune(&["resume", "--json", &name(&folder)]);
     assert_eq!(resumed.code, 0, "{}", resumed.all());
     assert_same_updates(&folder, &reference);
@@ -196,7 +196,7 @@ fn a_worker_killed_at_any_moment_resumes_bit_for_bit() {
         {
             kill(holder.process, "KILL");
         }
-        until("the end of the worker", || tune::run::lock::holder(&folder.join("worker.lock")).is_none().then_some(()));
+        until_no_worker(&folder);
         if events(&folder).last().unwrap()["event"] != "finished" {
             assert_eq!(bench.summary(&folder)["state"], "dead");
             kills += 1;

@@ -251,6 +251,11 @@ pub fn worker(folder: &Path) -> u32 {
     })
 }
 
+/// Waits until a run has no worker.
+pub fn until_no_worker(folder: &Path) {
+    until("the end of the worker", || tune::run::lock::holder(&folder.join("worker.lock")).is_none().then_some(()));
+}
+
 pub fn kill(process: u32, signal: &str) {
     let _ = Command::new("kill").args([format!("-{signal}"), process.to_string()]).stderr(Stdio::null()).status();
 }

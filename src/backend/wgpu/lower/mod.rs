@@ -50,7 +50,7 @@ pub struct Facts {
 /// [`Facts::loop_limit`] of software adapters, with room for loops that nobody counts.
 pub const SOFTWARE_LOOP_LIMIT: usize = 60_000;
 
-/// What helps where a binding is too small.
+/// What helps where a binding or a launch is too small.
 const NARROWER: &str = "lower data.max_length (or a chat's --context), or choose another device";
 
 /// Workgroups of a launch in each of its three directions.
@@ -262,7 +262,8 @@ impl<'a> Lowering<'a> {
             )));
         }
         if grid.iter().any(|&count| count > MOST_WORKGROUPS) {
-            return Err(unsupported(format!("{file} in {grid:?} workgroups: at most {MOST_WORKGROUPS} each way")));
+            let what = format!("{file} in {grid:?} workgroups: at most {MOST_WORKGROUPS} each way; {NARROWER}");
+            return Err(unsupported(what));
         }
         if grid.contains(&0) {
             return Ok(());
