@@ -78,6 +78,37 @@ fn a_gated_product_is_made_again_only_where_something_reads_it() {
     assert!(!leaves_out("mlp_backward 130x256 Silu and 64 bf16 rank 16 dropout"), "the branch drops elements");
 }
 
+/// What a plan counts on not being made is not made: nothing is kept for it.
+#[test]
+fn products_that_plans_do_without_are_not_made() {
+    let Some(target) = card() else { return };
+    if target.gated_rank == 0 {
+        println!("left out: {} has too little shared memory for it", target.name);
+        return;
+    }
+    let config = ModelConfig {
+        hidden_size: 1024,
+        intermediate_size: 4096,
+        ..ModelConfig::parse(CONFIG).expect("a configuration")
+    };
+    for (rank, weights) in [(16, None), (target.gated_rank, None), (16, Some(DType::Nf4))] {
+        for recompute in [Recompute::None, Recompute::Cheap, Recompute::All] {
+            let targets = names::PROJECTIONS.iter().map(|name| name.to_string()).collect();
+            let method = Method::Lora { adapter: AdapterOptions { rank, targets, dropout: 0.0 }, weights };
+            let options = TrainingOptions::new(method, vec![512], vec![recompute; config.layers]);
+            let plan = plan(training_workload(&config, &options, &target).expect("a workload"), target.clone());
+            let session = open(plan.expect("a plan"), Arc::new(RandomWeights::new(&config, 7))).expect("a session");
+            let workload = &session.plan().workload;
+            let at = workload.program("micro.512").expect("a micro-batch");
+            let program = &workload.programs[at];
+            let counted = |step: &usize| program.does_without(workload, *step, target.gated_rank);
+            let steps: Vec<usize> = (0..program.steps.len()).filter(counted).collect();
+            assert_eq!(steps.len(), config.layers, "rank {rank}, {recompute:?}");
+            assert!(steps.iter().all(|&step| session.leaves_out(at, step)), "rank {rank}, {weights:?}, {recompute:?}");
+        }
+    }
+}
+
 /// Full fine-tuning where memory is short: gradients of matrices in bf16, through products, embedding, norm and optimizer.
 #[test]
 fn gradients_in_bf16_agree_with_the_twin() {

@@ -76,6 +76,7 @@ fn adder(sizes: &[usize], capacity: usize) -> (Model, Runs) {
         host_memory: None,
         logits_bytes: 1 << 20,
         mlp_tokens: usize::MAX,
+        gated_rank: 0,
     };
     let plan = plan::plan(workload(sizes), target).unwrap();
     let contents = plan.workload.buffers.iter().map(|buffer| vec![0; buffer.bytes() as usize]).collect();

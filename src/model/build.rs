@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::ModelConfig;
-use super::names::Module;
+use super::names::{self, Module};
 use crate::program::{
     BufferId, Columns, DType, Dropout, Kind, Lora, LoraBackward, Op, Projection, ProjectionBackward, Target,
     WorkloadBuilder, random,
@@ -42,6 +42,8 @@ pub(super) struct Graph<'a> {
     pub mlp_limit: usize,
     pub adapter: Option<&'a AdapterOptions>,
     pub trained: Trained,
+    /// Whether gated products are not kept, for the engine does without them in the backward pass.
+    pub drops_gated: bool,
 }
 
 /// The inputs of a program, shared by all programs of that many tokens.
@@ -75,6 +77,17 @@ fn mlp_limit(config: &ModelConfig, target: &Target) -> usize {
     if fitting < 128 { fitting.max(1) } else { fitting / 128 * 128 }
 }
 
+/// Whether an MLP's LoRA branches are such that the backward pass does without the gated product on this target.
+fn drops_gated(target: &Target, weights: DType, adapter: Option<&AdapterOptions>) -> bool {
+    let fits = |adapter: &AdapterOptions| {
+        adapter.rank <= target.gated_rank
+            && adapter.rank.is_multiple_of(8)
+            && adapter.dropout == 0.0
+            && names::MLP.iter().all(|&name| adapter.targets.contains(name))
+    };
+    weights != DType::Fp8 && adapter.is_some_and(fits)
+}
+
 impl<'a> Graph<'a> {
     pub fn new(
         config: &'a ModelConfig,
@@ -93,6 +106,7 @@ impl<'a> Graph<'a> {
             mlp_limit: mlp_limit(config, target),
             adapter,
             trained,
+            drops_gated: drops_gated(target, weights, adapter),
         }
     }
 

@@ -385,6 +385,9 @@ impl Graph<'_> {
         for mut part in mlp {
             if recompute.runs_again() {
                 (part.gate_up, part.glu) = self.gate_up(layer, saved.norm2.output, part.first, part.tokens, true);
+            } else if recompute == Recompute::None && self.drops_gated {
+                // Made where the engine turns out not to do without it.
+                part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);
             }
             let grad_output = self.part(gradient, part.first, part.tokens);
             let grad_glu = self.linear_backward(&part.down, part.glu, grad_output, true).expect("asked for");

@@ -22,6 +22,9 @@ pub const HEAD: &str = "lm_head.weight";
 /// Projections that LoRA can be put on, in the order of a layer.
 pub const PROJECTIONS: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
+/// Those of the MLP.
+pub(super) const MLP: &[&str] = &["gate_proj", "up_proj", "down_proj"];
+
 /// A linear module of a layer: `[outputs, inputs]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Module {

@@ -19,7 +19,7 @@ pub enum Method {
 /// What a layer's forward pass keeps for its backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Recompute {
-    /// Everything is kept.
+    /// Everything is kept that would have to be made again.
     None,
     /// Norms and the gated product are computed again, products are kept.
     Cheap,

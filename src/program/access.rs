@@ -42,7 +42,8 @@ impl Op {
                 &mut list
             }
             Op::LinearBackward { input, grad_input, projections } => {
-                list.read([*input]).write(*grad_input);
+                let trains = |p: &super::ProjectionBackward| p.grad_weight.is_some() || p.lora.is_some();
+                list.read(projections.iter().any(trains).then_some(*input)).write(*grad_input);
                 for projection in projections {
                     list.read([projection.weight, projection.grad_output.buffer])
                         .update(projection.grad_weight)

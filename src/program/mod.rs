@@ -108,4 +108,30 @@ impl Program {
     pub fn bytes_moved(&self, workload: &Workload) -> u64 {
         self.steps.iter().map(|step| step.op.bytes_moved(workload)).sum()
     }
+
+    /// Whether an engine does without the operation at `at`: a gated product that is made again for nothing but the gradient
+    /// of `a` of the LoRA branch that read it, which comes with the gradients of gate and up where the branches have at most
+    /// the rank `most` ([`Target::gated_rank`]). Nothing else reads a product that is made again.
+    pub fn does_without(&self, workload: &Workload, at: usize, most: usize) -> bool {
+        let ops: Vec<&Op> = self.steps[at..].iter().take(4).map(|step| &step.op).collect();
+        let &[
+            Op::Glu { gate_up, output, .. },
+            Op::LinearBackward { input, grad_input: Some(grad_product), projections: down },
+            Op::GluBackward { grad_output, gate_up: made_from, grad_gate_up, .. },
+            Op::LinearBackward { grad_input: Some(_), projections: gate_and_up, .. },
+        ] = ops.as_slice()
+        else {
+            return false;
+        };
+        let joined = output == input && grad_product == grad_output && gate_up == made_from && down.len() == 1;
+        let fits = |projection: &ProjectionBackward| {
+            let lora = projection.lora.as_ref().filter(|lora| lora.dropout.is_none());
+            let rank = lora.map_or(usize::MAX, |lora| lora.middle.width);
+            rank <= most && rank.is_multiple_of(8) && workload.buffer(projection.weight).dtype != DType::Fp8
+        };
+        joined
+            && gate_and_up.len() == 2
+            && gate_and_up.iter().all(|projection| projection.grad_output.buffer == *grad_gate_up)
+            && down.iter().chain(gate_and_up).all(fits)
+    }
 }

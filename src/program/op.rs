@@ -205,7 +205,7 @@ pub enum Op {
         projections: Vec<Projection>,
     },
     LinearBackward {
-        /// `[T, K]`.
+        /// `[T, K]`; read where a weight or a branch is trained.
         input: BufferId,
         /// `[T, K]`, written with the sum over the projections; none where nothing before needs it.
         grad_input: Option<BufferId>,

@@ -437,8 +437,10 @@ fn capture_more(workload: &Workload, target: &Target, free: Option<u64>, program
 pub fn estimate(workload: &Workload, program: &Program, target: &Target) -> f64 {
     let (mut now, mut bus_free) = (0.0f64, 0.0f64);
     let mut arrivals: HashMap<BufferId, f64> = HashMap::new();
-    for step in &program.steps {
-        now += estimate_op(workload, &step.op, target);
+    for (at, step) in program.steps.iter().enumerate() {
+        if !program.does_without(workload, at, target.gated_rank) {
+            now += estimate_op(workload, &step.op, target);
+        }
         match &step.op {
             Op::Cast { pairs } if target.copies_beside() => {
                 for &(from, to) in pairs {

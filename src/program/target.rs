@@ -57,6 +57,9 @@ pub struct Target {
     pub logits_bytes: u64,
     /// Most tokens that go through an MLP at once where its values are computed again for the backward pass.
     pub mlp_tokens: usize,
+    /// Largest rank of the LoRA branches of an MLP whose backward pass does without the gated product
+    /// ([`Program::does_without`](super::Program::does_without)); 0 where none does.
+    pub gated_rank: usize,
 }
 
 /// The engine of a written target, which names one of this program's.

@@ -27,7 +27,8 @@ pub struct Search<'a> {
     pub device_memory: Option<u64>,
     /// What the engine knows of the device beyond the target; none where plans need no look at their launches.
     pub facts: Option<Facts>,
-    /// Tokens of the longest row: the largest micro-batch must hold it.
+    /// Tokens of the shortest row and of the longest, which the largest micro-batch must hold.
+    pub shortest_row: usize,
     pub longest_row: usize,
     /// Tokens that most updates stay below ([`update_tokens`]); a micro-batch need not be larger.
     pub update_tokens: usize,
@@ -107,6 +108,7 @@ impl<'a> Search<'a> {
             target,
             device_memory: None,
             facts: None,
+            shortest_row: 1,
             longest_row,
             update_tokens,
             recompute: RecomputeChoice::Auto,
@@ -347,6 +349,7 @@ impl Search<'_> {
     fn with_top(&self, top: usize) -> Result<(Plan, PlanChoice), PlanningError> {
         let mut sizes: Vec<usize> = self.target.micro_sizes.iter().copied().filter(|&size| size < top).collect();
         sizes.push(top);
+        let mut sizes = within_reach(&sizes, self.shortest_row, self.longest_row);
         // The largest micro-batch decides, for all programs share the arena.
         let Stages { list, plain } = self.stages(Route::default());
         let (stages, from) = match self.first_that_fits(&[top], &list[..plain], 0)? {
@@ -458,6 +461,24 @@ pub fn update_tokens(lengths: &[usize], batch: usize) -> usize {
 /// weight takes longer than its product.
 const SMALL_HEAD_BYTES: u64 = 64 << 20;
 
+/// Those of ascending sizes that rows of these lengths ever fill: a number of rows that has its place in one size, but not in the size
+/// before. The last among them.
+fn within_reach(sizes: &[usize], shortest: usize, longest: usize) -> Vec<usize> {
+    let longest = longest.max(1);
+    let shortest = shortest.clamp(1, longest);
+    let below = [0].into_iter().chain(sizes.iter().copied());
+    let mut reached: Vec<usize> = below
+        .zip(sizes)
+        // The fewest rows that may be more than the size before.
+        .filter(|&(before, &size)| (before / longest + 1) * shortest <= size)
+        .map(|(_, &size)| size)
+        .collect();
+    if reached.last() != sizes.last() {
+        reached.extend(sizes.last());
+    }
+    reached
+}
+
 /// Every second of ascending sizes, the last among them.
 fn every_second(sizes: &[usize]) -> Vec<usize> {
     let mut kept: Vec<usize> = sizes.iter().rev().step_by(2).copied().collect();
@@ -489,4 +510,40 @@ fn seconds_per_token(plan: &Plan) -> f64 {
         .filter(|program| program.role == Role::Micro)
         .max_by_key(|program| program.tokens)
         .map_or(f64::INFINITY, |program| program.estimated_seconds / program.tokens as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::within_reach;
+
+    #[test]
+    fn only_sizes_that_rows_fill_have_programs() {
+        let sizes = [256, 512, 1024, 2048, 2560, 3072, 4096];
+        assert_eq!(within_reach(&sizes, 2048, 2048), [2048, 4096]);
+        assert_eq!(within_reach(&sizes, 1, 2048), sizes);
+        // One row, or two, or three.
+        assert_eq!(within_reach(&sizes, 1000, 1100), [1024, 2048, 2560, 3072, 4096]);
+        assert_eq!(within_reach(&sizes, 4000, 4096), [4096]);
+        // The longest row decides the last, whatever else is known.
+        assert_eq!(within_reach(&sizes, 5000, 100), sizes);
+    }
+
+    /// Every number of tokens that rows can add up to has the smallest size that takes it.
+    #[test]
+    fn rows_find_the_sizes_that_they_had() {
+        let sizes: Vec<usize> = (1..=16).map(|tiles| 128 * tiles).collect();
+        for (shortest, longest) in [(1, 128), (100, 130), (129, 129), (300, 700), (2048, 2048)] {
+            let reached = within_reach(&sizes, shortest, longest);
+            let smallest = |sizes: &[usize], tokens: usize| sizes.iter().copied().find(|&size| size >= tokens);
+            for rows in 1..=16 {
+                for tokens in rows * shortest..=(rows * longest).min(2048) {
+                    assert_eq!(
+                        smallest(&reached, tokens),
+                        smallest(&sizes, tokens),
+                        "{tokens} of {shortest} to {longest}"
+                    );
+                }
+            }
+        }
+    }
 }

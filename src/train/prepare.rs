@@ -176,6 +176,7 @@ pub fn search<'a>(
         eight_bit: spec.train.optimizer == Optimizer::AdamW8bit,
         generation,
     };
+    let shortest_row = lengths.iter().copied().min().unwrap_or(1);
     let longest_row = lengths.iter().copied().max().unwrap_or(1);
     let update_tokens = match spec.data.packing {
         true => planning::update_tokens(lengths, spec.train.batch).max(longest_row),
@@ -200,6 +201,7 @@ pub fn search<'a>(
     Ok(Search {
         device_memory,
         facts,
+        shortest_row,
         recompute,
         host_optimizer,
         truncates,

@@ -93,6 +93,7 @@ pub fn target() -> Result<Target, EngineError> {
         host_memory: None,
         logits_bytes: 64 << 20,
         mlp_tokens: usize::MAX,
+        gated_rank: 0,
     })
 }
 

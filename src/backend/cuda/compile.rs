@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use cudarc::driver::{result as driver, sys as sys_driver};
 use sha2::{Digest, Sha256};
@@ -128,6 +129,7 @@ pub fn compile(source: &Source, defines: &[Define], architecture: &str) -> Resul
 }
 
 /// Compiled kernels in the user's private cache folder.
+#[derive(Clone)]
 pub struct KernelCache {
     folder: Option<PathBuf>,
 }
@@ -195,6 +197,19 @@ impl From<&'static str> for Variant {
     }
 }
 
+/// Machine code of a file.
+type Compiled = Result<(Vec<u8>, Variant), EngineError>;
+
+/// Files on their way to machine code, by name.
+pub(super) struct Compiling(Vec<(&'static str, JoinHandle<Compiled>)>);
+
+impl Drop for Compiling {
+    fn drop(&mut self) {
+        // The process must not end under a running compiler.
+        self.0.drain(..).for_each(|(_, thread)| drop(thread.join()));
+    }
+}
+
 /// Kernels loaded on a card, by file and entry.
 pub(super) struct Kernels {
     architecture: String,
@@ -211,19 +226,30 @@ impl Kernels {
 
     /// Compiles files, side by side on the host's cores, and loads them.
     pub fn prepare(&mut self, variants: &[Variant]) -> Result<(), EngineError> {
-        use rayon::prelude::*;
-        let missing: Vec<_> = variants.iter().filter(|variant| !self.modules.contains_key(*variant)).collect();
-        let (cache, architecture) = (&self.cache, &self.architecture);
-        let binaries: Vec<_> = missing
-            .par_iter()
-            .map(|variant| {
-                let file = variant.file;
+        let missing = variants.iter().filter(|variant| !self.modules.contains_key(*variant)).cloned().collect();
+        let compiled = self.start(missing);
+        self.load(compiled)
+    }
+
+    /// Starts compiling files, on threads of their own: the pool's have other work meanwhile.
+    pub fn start(&self, variants: Vec<Variant>) -> Compiling {
+        let compile = |variant: Variant| {
+            let (cache, architecture, file) = (self.cache.clone(), self.architecture.clone(), variant.file);
+            let binary = std::thread::spawn(move || {
                 let source = Source::named(file).ok_or_else(|| failed(format!("there is no kernel file {file}")))?;
-                Ok(((*variant).clone(), cache.load(source, &variant.defines, architecture)?))
-            })
-            .collect::<Result<_, EngineError>>()?;
+                Ok((cache.load(source, &variant.defines, &architecture)?, variant))
+            });
+            (file, binary)
+        };
+        Compiling(variants.into_iter().map(compile).collect())
+    }
+
+    /// Waits for files that are being compiled, and loads them.
+    pub fn load(&mut self, mut compiling: Compiling) -> Result<(), EngineError> {
         self.card.bind()?;
-        for (variant, binary) in binaries {
+        while let Some((file, thread)) = compiling.0.pop() {
+            let ended = thread.join().unwrap_or_else(|_| Err(failed(format!("compiling {file}.cu ended early"))));
+            let (binary, variant) = ended?;
             // SAFETY: the bytes are a whole CUBIN, from the compiler or from a checked file.
             let module = unsafe { driver::module::load_data(binary.as_ptr().cast()) }
                 .during(&format!("loading the kernels of {}", variant.file))?;

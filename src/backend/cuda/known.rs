@@ -14,16 +14,22 @@ pub struct KnownCard {
     pub bandwidth_tbs: f64,
     /// Whether it multiplies 8-bit floats: from Ada and Hopper on.
     pub fp8: bool,
+    /// Whether it is of the kind that servers have (B200, Hopper, A100, A30), with more shared memory a block than the others.
+    pub server: bool,
     /// Between card and host, GB/s: measured on the H100 (PCIe 5.0 with 16 lanes), half of it for PCIe 4.0.
     pub bus_gbs: f64,
 }
 
 const fn card(name: &'static str, memory_gib: f64, matrix_tflops: f64, bandwidth_tbs: f64) -> KnownCard {
-    KnownCard { name, memory_gib, matrix_tflops, bandwidth_tbs, fp8: true, bus_gbs: 24.0 }
+    KnownCard { name, memory_gib, matrix_tflops, bandwidth_tbs, fp8: true, server: false, bus_gbs: 24.0 }
 }
 
 const fn fifth_bus(card: KnownCard) -> KnownCard {
     KnownCard { bus_gbs: 48.0, ..card }
+}
+
+const fn server(card: KnownCard) -> KnownCard {
+    KnownCard { server: true, ..card }
 }
 
 const fn ampere(name: &'static str, memory_gib: f64, matrix_tflops: f64, bandwidth_tbs: f64) -> KnownCard {
@@ -32,20 +38,20 @@ const fn ampere(name: &'static str, memory_gib: f64, matrix_tflops: f64, bandwid
 
 /// In the order in which they are listed. Of a card that came with more than one memory the plain name is the smaller.
 pub const KNOWN_CARDS: &[KnownCard] = &[
-    fifth_bus(card("B200", 179.0, 1700.0, 7.0)),
-    fifth_bus(card("H200 NVL", 140.4, 630.0, 4.3)),
-    fifth_bus(card("H200", 140.4, 750.0, 4.3)),
-    fifth_bus(card("H100 NVL", 93.6, 630.0, 3.5)),
-    fifth_bus(card("H100 PCIe", 79.6, 570.0, 1.8)),
-    fifth_bus(card("H100", 79.6, 750.0, 2.99)),
-    fifth_bus(card("H20", 95.6, 112.0, 3.6)),
-    ampere("A100 80GB", 79.3, 240.0, 1.7),
-    ampere("A100", 39.6, 240.0, 1.4),
+    server(fifth_bus(card("B200", 179.0, 1700.0, 7.0))),
+    server(fifth_bus(card("H200 NVL", 140.4, 630.0, 4.3))),
+    server(fifth_bus(card("H200", 140.4, 750.0, 4.3))),
+    server(fifth_bus(card("H100 NVL", 93.6, 630.0, 3.5))),
+    server(fifth_bus(card("H100 PCIe", 79.6, 570.0, 1.8))),
+    server(fifth_bus(card("H100", 79.6, 750.0, 2.99))),
+    server(fifth_bus(card("H20", 95.6, 112.0, 3.6))),
+    server(ampere("A100 80GB", 79.3, 240.0, 1.7)),
+    server(ampere("A100", 39.6, 240.0, 1.4)),
     card("L40S", 44.5, 275.0, 0.77),
     card("L40", 44.5, 138.0, 0.77),
     card("L4", 22.0, 90.0, 0.27),
     ampere("A40", 44.5, 114.0, 0.62),
-    ampere("A30", 23.6, 125.0, 0.83),
+    server(ampere("A30", 23.6, 125.0, 0.83)),
     ampere("A10G", 22.1, 53.0, 0.54),
     ampere("A10", 22.1, 95.0, 0.54),
     fifth_bus(card("RTX PRO 6000 Blackwell", 94.5, 380.0, 1.6)),

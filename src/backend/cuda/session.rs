@@ -17,6 +17,9 @@ use crate::program::{BufferId, Kind, Op, Plan, Program, Step};
 /// Bytes that captured programs may take over what the plan has for them.
 const GRAPH_SLACK: u64 = 64 << 20;
 
+/// Files of kernels that convert and quantize weights on their way in.
+const LOADING: [&str; 4] = ["cast", "nf4", "int8", "fp8"];
+
 /// How a program runs next.
 enum Replay {
     /// Not run yet: the first time its launches go out one by one, so that every library kernel is loaded.
@@ -80,8 +83,10 @@ impl CudaSession {
             let new = wanted.filter(|variant| !used.contains(variant));
             used.extend(new.collect::<Vec<_>>());
         }
-        kernels.prepare(&used)?;
-        passed("kernels loaded");
+        // Weights are brought with these; the rest is compiled meanwhile.
+        let (early, late): (Vec<_>, Vec<_>) = used.into_iter().partition(|variant| LOADING.contains(&variant.file));
+        let compiling = kernels.start(late);
+        kernels.prepare(&early)?;
         let memory = Memory::new(&card, &plan)?;
         passed("memory allocated");
         let tables = Tables::new(&card)?;
@@ -90,6 +95,8 @@ impl CudaSession {
             super::driver::write(&card, memory.address(*id), bytemuck::cast_slice(values))?;
         }
         passed("weights loaded");
+        kernels.load(compiling)?;
+        passed("kernels loaded");
         let mut products = Products::new(&card, tuning)?;
         let mut kept = Vec::new();
         fill_noise(&card, &mut kernels, &memory)?;

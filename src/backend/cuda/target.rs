@@ -1,6 +1,8 @@
 //! The card as plain data: of the card present, or of known ones.
 
+use super::driver::shared_bytes;
 use super::known::KnownCard;
+use super::lower::gated_rank;
 use super::product::WORKSPACE_BYTES;
 use crate::backend::EngineError;
 use crate::program::{DType, Rates, Target};
@@ -18,7 +20,8 @@ impl KnownCard {
         let memory = (self.memory_gib * f64::from(1 << 30)) as u64 - CONTEXT_BYTES;
         let target =
             describe(self.name.to_string(), memory, self.matrix_tflops, self.bandwidth_tbs, self.fp8, self.bus_gbs);
-        Target { host_memory: Some(memory.max(16 << 30)), ..target }
+        let gated_rank = if self.server { gated_rank(shared_bytes((8, 0))) } else { 0 };
+        Target { host_memory: Some(memory.max(16 << 30)), gated_rank, ..target }
     }
 }
 
@@ -28,7 +31,8 @@ impl KnownCard {
 /// When a library is missing, there is no such card, or it is too old.
 pub fn target(ordinal: usize) -> Result<Target, EngineError> {
     let facts = super::usable(ordinal)?;
-    let (free, _) = super::driver::Card::open(ordinal)?.memory()?;
+    let card = super::driver::Card::open(ordinal)?;
+    let (free, _) = card.memory()?;
     // An unknown card: by its size, on the safe side.
     let multiprocessors = f64::from(facts.multiprocessors);
     let (tflops, bandwidth, bus) = KnownCard::named(&facts.name)
@@ -45,7 +49,7 @@ pub fn target(ordinal: usize) -> Result<Target, EngineError> {
         let own = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
         system.available_memory().min(own) / 5 * 3
     });
-    Ok(Target { host_memory, ..target })
+    Ok(Target { host_memory, gated_rank: gated_rank(card.shared_bytes), ..target })
 }
 
 /// Products of 8-bit floats over those of bf16, measured on the H100 (1,318 and 750 TFLOP/s).
@@ -76,5 +80,6 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
         host_memory: None,
         logits_bytes: 256 << 20,
         mlp_tokens: usize::MAX,
+        gated_rank: 0,
     }
 }

@@ -41,6 +41,7 @@ fn card(portable: bool) -> (Facts, Target) {
         host_memory: None,
         logits_bytes: binding.min(512 << 20),
         mlp_tokens: usize::MAX,
+        gated_rank: 0,
     };
     (facts, target)
 }

@@ -15,6 +15,8 @@ mod optimizer;
 mod quantized;
 mod tiling;
 
+pub(super) use tiling::gated_rank;
+
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;

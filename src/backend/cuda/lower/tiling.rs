@@ -128,6 +128,12 @@ impl Tiling {
     }
 }
 
+/// The largest rank of branches whose gradients `lora_glu_backward` sums together with that of their product's reader, on cards
+/// that have so much shared memory a block; 0 where it is too little.
+pub(in crate::backend::cuda) fn gated_rank(shared: usize) -> usize {
+    GATED_RANKS.into_iter().filter(|&rank| Tiling::gated_shared_bytes(rank, 1, true) <= shared).max().unwrap_or(0)
+}
+
 /// The smallest of the ranks that a kernel is compiled for which takes this one.
 pub(super) fn compiled_rank(ranks: &[usize], rank: usize) -> Option<usize> {
     ranks.iter().copied().find(|&compiled| compiled >= rank)
