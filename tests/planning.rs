@@ -270,6 +270,39 @@ fn fp8_halves_the_weights_where_the_card_has_it() {
     }
 }
 
+/// What no gradient needs is not kept: inputs of linear layers that train nothing, and gated products of which the backward pass
+/// does without.
+#[test]
+fn activations_are_kept_only_where_something_reads_them() {
+    let config = config("llama-3.1-8b");
+    let (tokens, layers) = (4096, config.layers as u64);
+    let kept = |method: Method, target: &Target| {
+        let mut options = options(method);
+        (options.sizes, options.recompute) = (vec![tokens], vec![Recompute::None; config.layers]);
+        let plan = plan(training_workload(&config, &options, target).expect("a workload"), target.clone());
+        plan.expect("a plan").summary.bytes["activations"]
+    };
+    let named = |names: &[&str]| {
+        let targets = names.iter().map(|name| name.to_string()).collect();
+        Method::Lora { adapter: AdapterOptions { rank: 16, targets, dropout: 0.0 }, weights: None }
+    };
+    let h100 = card("H100");
+    let keeps_all = Target { gated_rank: 0, ..h100.clone() };
+    let bytes = |columns: usize| layers * (tokens * columns * 2) as u64;
+    let (product, hidden) = (bytes(config.intermediate_size), bytes(config.hidden_size));
+    let about = |found: u64, expected: u64| found.abs_diff(expected) < expected / 20;
+    let saved = kept(lora(), &keeps_all) - kept(lora(), &h100);
+    assert!(about(saved, product), "{saved} of {product}");
+    // Neither the product nor what gate and up read.
+    let saved = kept(lora(), &keeps_all) - kept(named(&["q_proj", "v_proj"]), &keeps_all);
+    assert!(about(saved, product + hidden), "{saved} of {}", product + hidden);
+    // Branches that drop elements, and cards with little shared memory, need it.
+    let Method::Lora { adapter, .. } = lora() else { unreachable!() };
+    let drops = Method::Lora { adapter: AdapterOptions { dropout: 0.1, ..adapter }, weights: None };
+    assert!(kept(drops, &h100) > kept(lora(), &h100) + product / 2);
+    assert_eq!(card("RTX 4090").gated_rank, 0);
+}
+
 /// Moves go from cheap to dear: nothing is given up while there is room, and the embedding leaves the card first.
 #[test]
 fn plans_give_up_no_more_than_they_must() {

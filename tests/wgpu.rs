@@ -271,6 +271,19 @@ fn every_operation_of_lora_training_agrees_with_the_cpu_engine() {
     }
 }
 
+/// Of layers that train nothing the inputs are not kept.
+#[test]
+fn lora_on_a_few_projections_agrees_with_the_cpu_engine() {
+    let model = tiny("llama");
+    for names in [["q_proj", "v_proj"], ["o_proj", "up_proj"]] {
+        let targets = names.into_iter().map(String::from).collect();
+        let method = Method::Lora { adapter: AdapterOptions { rank: 4, targets, dropout: 0.0 }, weights: None };
+        for workload in [training, long_training] {
+            compare(&model, |target| workload(&model, method.clone(), target), &software(true));
+        }
+    }
+}
+
 #[test]
 fn lora_training_on_quantized_weights_agrees_with_the_cpu_engine() {
     let model = tiny("llama");
