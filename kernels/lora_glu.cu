@@ -14,7 +14,7 @@
 // same bits on every run. A multiprocessor has one block of 16 warps, which leaves the sums their registers; two blocks of 8
 // were slower.
 //
-// GELU_GATE (0 or 1) and RANK are macros.
+// Macros: GELU_GATE (0 or 1), RANK, and of FORWARD, BACKWARD and BACKWARD_READER the one whose kernels are wanted.
 
 extern __shared__ __align__(128) u8 shared[];
 
@@ -35,6 +35,7 @@ DEVICE float gated(float gate, float up) {
     return up * value;
 }
 
+#ifdef FORWARD
 // Grid: (strips of columns, tiles of tokens). partial: [2 strips, tokens, rank], of a half of every tile's columns each.
 extern "C" __global__ void __launch_bounds__(THREADS)
     lora_glu(const bf16* gate_up, i64 stride, bf16* output, i64 output_stride, const bf16* a, i64 a_stride, float* partial,
@@ -106,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (i < quads) store_middle(middle, stride, i, rank, 1.0f, sum_of((const float4*)partial + i, quads, parts));
 }
 
+#else
 // The branch that read the gated product.
 struct Reader {
     const bf16* grad_middle;  // [tokens, rank]
@@ -239,17 +241,21 @@ DEVICE void lora_glu_backward(const Parts& parts, const Reader& reader, const bf
                    first_token + t * TILE + group * 16, tokens, s.rank);
 }
 
+#ifdef BACKWARD
 #define LORA_GLU_BACKWARD(TILES)                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS) lora_glu_backward_##TILES(                              \
         const __grid_constant__ Parts parts, const bf16* grad_output, i64 grad_output_stride, const bf16* gate_up, \
         i64 stride, int tokens) {                                                                                 \
         lora_glu_backward<TILES, false>(parts, Reader(), grad_output, grad_output_stride, gate_up, stride, tokens); \
-    }                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS) lora_glu_backward_reader_##TILES(                       \
-        const __grid_constant__ Parts parts, const __grid_constant__ Reader reader, const bf16* grad_output,      \
-        i64 grad_output_stride, const bf16* gate_up, i64 stride, int tokens) {                                    \
-        lora_glu_backward<TILES, true>(parts, reader, grad_output, grad_output_stride, gate_up, stride, tokens);  \
     }
+#else
+#define LORA_GLU_BACKWARD(TILES)                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS) lora_glu_backward_reader_##TILES(                  \
+        const __grid_constant__ Parts parts, const __grid_constant__ Reader reader, const bf16* grad_output, \
+        i64 grad_output_stride, const bf16* gate_up, i64 stride, int tokens) {                               \
+        lora_glu_backward<TILES, true>(parts, reader, grad_output, grad_output_stride, gate_up, stride, tokens); \
+    }
+#endif
 
 LORA_GLU_BACKWARD(1)
 LORA_GLU_BACKWARD(2)
@@ -257,6 +263,7 @@ LORA_GLU_BACKWARD(2)
 LORA_GLU_BACKWARD(4)
 #endif
 
+#ifdef BACKWARD_READER
 // grad_a += the reader's partial sums, four values a thread; grid: (ceil(quads / 256)).
 extern "C" __global__ void __launch_bounds__(256)
     lora_glu_finish_a(const float* partial, int blocks, float* grad_a, i64 quads) {
@@ -267,3 +274,5 @@ extern "C" __global__ void __launch_bounds__(256)
     float4 x = *to;
     *to = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
 }
+#endif
+#endif

@@ -48,8 +48,12 @@ fn variants(source: &Source, (architecture, capability): (&str, (i32, i32))) -> 
                 return ["16", "32", "64"].into_iter().map(|rank| vec![("RANK", rank.to_string())]).collect();
             }
             "lora_glu" => {
-                let variant = |(rank, gelu): (&str, &str)| vec![("RANK", rank.into()), ("GELU_GATE", gelu.into())];
-                return [("16", "0"), ("16", "1"), ("32", "0"), ("32", "1")].map(variant).into();
+                let shapes = [("16", "0"), ("16", "1"), ("32", "0"), ("32", "1")];
+                let passes = ["FORWARD", "BACKWARD", "BACKWARD_READER"];
+                let variant = |((rank, gelu), pass): ((&str, &str), &'static str)| {
+                    vec![("RANK", rank.into()), ("GELU_GATE", gelu.into()), (pass, "1".into())]
+                };
+                return shapes.into_iter().flat_map(|shape| passes.map(|pass| variant((shape, pass)))).collect();
             }
             // Older cards have no 8-bit floats.
             "fp8" if matches!(architecture, "sm_80" | "sm_86") => return Vec::new(),

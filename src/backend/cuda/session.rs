@@ -77,9 +77,9 @@ impl CudaSession {
         let mut kernels = Kernels::new(&card)?;
         let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
         let mut used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
-        for (op, next) in plan.workload.programs.iter().flat_map(with_next) {
+        for (before, op, next) in plan.workload.programs.iter().flat_map(with_neighbours) {
             let of_attention = attention::files(&card, &plan, op).into_iter();
-            let wanted = of_attention.chain(lora::files(op)).chain(gated::file(op, next));
+            let wanted = of_attention.chain(lora::files(op)).chain(gated::file(before, op, next));
             let new = wanted.filter(|variant| !used.contains(variant));
             used.extend(new.collect::<Vec<_>>());
         }
@@ -198,10 +198,10 @@ impl CudaSession {
     }
 }
 
-/// A program's operations, each with the one after it.
-fn with_next(program: &Program) -> impl Iterator<Item = (&Op, Option<&Op>)> {
-    let steps = &program.steps;
-    steps.iter().enumerate().map(|(at, step)| (&step.op, steps.get(at + 1).map(|next| &next.op)))
+/// A program's operations, each with those before and after it.
+fn with_neighbours(program: &Program) -> impl Iterator<Item = (Option<&Op>, &Op, Option<&Op>)> {
+    let op = |at: Option<usize>| at.and_then(|at| program.steps.get(at)).map(|step| &step.op);
+    program.steps.iter().enumerate().map(move |(at, step)| (op(at.checked_sub(1)), &step.op, op(Some(at + 1))))
 }
 
 /// Kernel files that a plan's operations need.

@@ -16,6 +16,25 @@ use crate::program::{Access, Activation, DType, Lora, Op, Program, Projection, P
 /// Threads of the kernels' blocks.
 const THREADS: u32 = 512;
 
+/// Kernels of `lora_glu.cu`, which are compiled apart: users wait for them.
+#[derive(Clone, Copy)]
+enum Pass {
+    Forward,
+    Backward,
+    /// With the gradient of `a` of the branch that read the product.
+    BackwardReader,
+}
+
+impl Pass {
+    fn name(self) -> &'static str {
+        match self {
+            Pass::Forward => "FORWARD",
+            Pass::Backward => "BACKWARD",
+            Pass::BackwardReader => "BACKWARD_READER",
+        }
+    }
+}
+
 /// What the gradients of gate and up are made from.
 pub(super) struct Gated {
     grad_output: Matrix,
@@ -61,28 +80,41 @@ fn branches(op: &Op, next: &Op) -> Option<usize> {
     rank(gate).filter(|_| beside && rank(gate) == rank(up))
 }
 
-/// The kernel file that a gated product takes with the operation after it.
-pub(in crate::backend::cuda) fn file(op: &Op, next: Option<&Op>) -> Option<Variant> {
+/// The kernel file that a gated product takes with the operation after it; in the backward pass most likely, by the operation
+/// before it.
+pub(in crate::backend::cuda) fn file(before: Option<&Op>, op: &Op, next: Option<&Op>) -> Option<Variant> {
     let next = next?;
-    let rank = branch(op, next).map(|lora| lora.middle.width).or(branches(op, next))?;
-    let (Op::Glu { activation, .. } | Op::GluBackward { activation, .. }) = op else { return None };
-    variant(*activation, rank)
+    let backward = if before.is_some_and(|before| reads(before, op)) { Pass::BackwardReader } else { Pass::Backward };
+    match op {
+        Op::Glu { activation, .. } => variant(*activation, branch(op, next)?.middle.width, Pass::Forward),
+        Op::GluBackward { activation, .. } => variant(*activation, branches(op, next)?, backward),
+        _ => None,
+    }
 }
 
-fn variant(activation: Activation, rank: usize) -> Option<Variant> {
+/// Whether the operation before the gradient of a gated product is that of the one that read it, with a branch of its own.
+fn reads(before: &Op, op: &Op) -> bool {
+    let (Op::LinearBackward { grad_input, projections, .. }, Op::GluBackward { grad_output, .. }) = (before, op) else {
+        return false;
+    };
+    *grad_input == Some(*grad_output) && projections.len() == 1 && projections[0].lora.is_some()
+}
+
+fn variant(activation: Activation, rank: usize, pass: Pass) -> Option<Variant> {
     let rank = compiled_rank(&GATED_RANKS, rank)?;
     let gelu = u8::from(is_gelu(activation));
-    Some(Variant { file: "lora_glu", defines: vec![("RANK", rank.to_string()), ("GELU_GATE", gelu.to_string())] })
+    let defines = vec![("RANK", rank.to_string()), ("GELU_GATE", gelu.to_string()), (pass.name(), "1".to_string())];
+    Some(Variant { file: "lora_glu", defines })
 }
 
 impl Lowering<'_> {
     /// The launches of a gated product with the sums of the next operation's branches, if the kernels take both.
     pub(super) fn gated_with_branches(&mut self, op: &Op, next: Option<&Op>) -> Result<bool, EngineError> {
-        let Some((next, file)) = next.zip(file(op, next)) else { return Ok(false) };
+        let Some((next, file)) = next.zip(file(None, op, next)) else { return Ok(false) };
         if let Some(lora) = branch(op, next) {
             return self.glu_with_middle(op, lora, file);
         }
-        self.glu_backward_with_sums(op, next, file)
+        self.glu_backward_with_sums(op, next)
     }
 
     fn glu_with_middle(&mut self, op: &Op, lora: &Lora, file: Variant) -> Result<bool, EngineError> {
@@ -142,11 +174,7 @@ impl Lowering<'_> {
         else {
             return Ok(None);
         };
-        let ([ProjectionBackward { lora: Some(lora), .. }], Some(file)) =
-            (projections.as_slice(), file(backward, Some(next)))
-        else {
-            return Ok(None);
-        };
+        let [ProjectionBackward { lora: Some(lora), .. }] = projections.as_slice() else { return Ok(None) };
         let made_from = program.steps[..at].iter().rev().find_map(|step| match &step.op {
             Op::Glu { gate_up, output, activation } if output == input => Some((*gate_up, *activation)),
             _ => None,
@@ -157,7 +185,7 @@ impl Lowering<'_> {
             return Ok(None);
         }
         let reader = Reader { grad_middle: below.middles(projections)[0], grad_a: self.matrix(lora.grad_a) };
-        Ok(self.gated_backward(backward, next, file, Some(reader))?.map(|_| reader))
+        Ok(self.gated_backward(backward, next, Some(reader))?.map(|_| reader))
     }
 
     /// Whether the operation at `at` is a gated product made for nothing but the gradient of `a` that is had without it.
@@ -172,10 +200,10 @@ impl Lowering<'_> {
         Ok(only && self.reader(program, at + 1)?.is_some())
     }
 
-    fn glu_backward_with_sums(&mut self, op: &Op, next: &Op, file: Variant) -> Result<bool, EngineError> {
+    fn glu_backward_with_sums(&mut self, op: &Op, next: &Op) -> Result<bool, EngineError> {
         let Op::GluBackward { grad_gate_up, .. } = op else { return Ok(false) };
         let reader = self.reader.take();
-        let Some((branches, tiling, gated)) = self.gated_backward(op, next, file, reader)? else {
+        let Some((branches, tiling, gated)) = self.gated_backward(op, next, reader)? else {
             return match reader {
                 Some(_) => Err(failed("the gradient of a gated product without that of its reader".to_string())),
                 None => Ok(false),
@@ -192,16 +220,17 @@ impl Lowering<'_> {
         &self,
         op: &Op,
         next: &Op,
-        file: Variant,
         reader: Option<Reader>,
     ) -> Result<Option<(Vec<Branch>, Tiling, Gated)>, EngineError> {
         let (
-            Op::GluBackward { grad_output, gate_up, grad_gate_up, .. },
+            Op::GluBackward { grad_output, gate_up, grad_gate_up, activation },
             Op::LinearBackward { grad_input, projections, .. },
         ) = (op, next)
         else {
             return Ok(None);
         };
+        let pass = if reader.is_some() { Pass::BackwardReader } else { Pass::Backward };
+        let Some(file) = branches(op, next).and_then(|rank| variant(*activation, rank, pass)) else { return Ok(None) };
         self.expect("glu_backward", &[*grad_output, *gate_up, *grad_gate_up], DType::BF16)?;
         let below = grad_input.and_then(|_| self.room_below(projections));
         let beside = below.is_some();
