@@ -137,11 +137,12 @@ DEVICE void add_a(float (&sum)[RANK / 16][4], u32 tile, int chunk, u32 g) {
 }
 
 // Grid: (strips of columns, blocks of TILES tiles of tokens). parts: gate and up, whose gradients may lie over gate_up.
-template <int TILES, bool READER>
+// LEAN: the product takes the place of the gradient of the gate when that is summed, on cards with little shared memory.
+template <int TILES, bool READER, bool LEAN>
 DEVICE void lora_glu_backward(const Parts& parts, const Reader& reader, const bf16* grad_output, i64 grad_output_stride,
                               const bf16* gate_up, i64 stride, int tokens) {
     constexpr int TOKENS = TILE * TILES;
-    u32 tiles = shared_address(shared), b_tiles = tiles + (READER ? 3 : 2) * TILE_BYTES;
+    u32 tiles = shared_address(shared), b_tiles = tiles + (READER && !LEAN ? 3 : 2) * TILE_BYTES;
     u32 middles = b_tiles + 2 * B_BYTES, of_reader = middles + 2 * TOKENS * THIN_STRIDE;
     // Half of the warps sum over the gradient of the gate, half over that of up.
     int warp = threadIdx.x >> 5, side = warp >> 3, group = warp & 7;
@@ -186,6 +187,7 @@ DEVICE void lora_glu_backward(const Parts& parts, const Reader& reader, const bf
         float grad_b[RANK_TILES][4] = {};
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
+            uint4 products[LEAN ? ROWS : 1];
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 u32 of_gate[4], of_up[4], product[4];
@@ -205,21 +207,32 @@ DEVICE void lora_glu_backward(const Parts& parts, const Reader& reader, const bf
                 int row = own_row + APART * i, token = first_token + t * TILE + row, at = column + own_chunk * 8;
                 *(uint4*)(shared + swizzled(row, own_chunk)) = gate_chunk;
                 *(uint4*)(shared + TILE_BYTES + swizzled(row, own_chunk)) = up_chunk;
-                if (READER)
-                    *(uint4*)(shared + 2 * TILE_BYTES + swizzled(row, own_chunk)) =
-                        make_uint4(product[0], product[1], product[2], product[3]);
+                if (READER) {
+                    uint4 product_chunk = make_uint4(product[0], product[1], product[2], product[3]);
+                    if (LEAN) products[LEAN ? i : 0] = product_chunk;
+                    else *(uint4*)(shared + 2 * TILE_BYTES + swizzled(row, own_chunk)) = product_chunk;
+                }
                 if (token < tokens && at < end) {
                     *(uint4*)((bf16*)parts.of[0].grad_output + token * parts.of[0].grad_stride + at) = gate_chunk;
                     *(uint4*)((bf16*)parts.of[1].grad_output + token * parts.of[1].grad_stride + at) = up_chunk;
                 }
             }
-            load_tile((t + 1) % TILES, t + 1 < TILES ? column : column + TILE);
+            if (!LEAN) load_tile((t + 1) % TILES, t + 1 < TILES ? column : column + TILE);
             copy_async_wait<0>();
             __syncthreads();
             u32 tile = tiles + side * TILE_BYTES;
             add_middle(grad_middle[t], tile, group * 16, b_tiles + side * B_BYTES);
             add_b(grad_b, tile, group, middles + (side * TOKENS + t * TILE) * THIN_STRIDE);
-            if (READER) add_a(grad_a, tiles + 2 * TILE_BYTES, warp, of_reader + t * TILE * THIN_STRIDE);
+            if (LEAN) {
+                __syncthreads();
+#pragma unroll
+                for (int i = 0; i < ROWS; i++)
+                    *(uint4*)(shared + swizzled(own_row + APART * i, own_chunk)) = products[LEAN ? i : 0];
+                // Beside the sums over the product.
+                load_tile((t + 1) % TILES, t + 1 < TILES ? column : column + TILE);
+                __syncthreads();
+            }
+            if (READER) add_a(grad_a, tiles + (LEAN ? 0 : 2) * TILE_BYTES, warp, of_reader + t * TILE * THIN_STRIDE);
             __syncthreads();
         }
         store_sums(s.partial_b + (i64)blockIdx.y * columns * s.rank, grad_b, column + group * 16, end, s.rank);
@@ -246,15 +259,18 @@ DEVICE void lora_glu_backward(const Parts& parts, const Reader& reader, const bf
     extern "C" __global__ void __launch_bounds__(THREADS) lora_glu_backward_##TILES(                              \
         const __grid_constant__ Parts parts, const bf16* grad_output, i64 grad_output_stride, const bf16* gate_up, \
         i64 stride, int tokens) {                                                                                 \
-        lora_glu_backward<TILES, false>(parts, Reader(), grad_output, grad_output_stride, gate_up, stride, tokens); \
+        lora_glu_backward<TILES, false, false>(parts, Reader(), grad_output, grad_output_stride, gate_up, stride, tokens); \
     }
 #else
-#define LORA_GLU_BACKWARD(TILES)                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS) lora_glu_backward_reader_##TILES(                  \
-        const __grid_constant__ Parts parts, const __grid_constant__ Reader reader, const bf16* grad_output, \
-        i64 grad_output_stride, const bf16* gate_up, i64 stride, int tokens) {                               \
-        lora_glu_backward<TILES, true>(parts, reader, grad_output, grad_output_stride, gate_up, stride, tokens); \
+#define LORA_GLU_BACKWARD_READER(NAME, TILES, LEAN)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) lora_glu_backward_reader_##NAME(                       \
+        const __grid_constant__ Parts parts, const __grid_constant__ Reader reader, const bf16* grad_output,     \
+        i64 grad_output_stride, const bf16* gate_up, i64 stride, int tokens) {                                   \
+        lora_glu_backward<TILES, true, LEAN>(parts, reader, grad_output, grad_output_stride, gate_up, stride, tokens); \
     }
+#define LORA_GLU_BACKWARD(TILES) LORA_GLU_BACKWARD_READER(TILES, TILES, false)
+
+LORA_GLU_BACKWARD_READER(lean, 1, true)
 #endif
 
 LORA_GLU_BACKWARD(1)

@@ -20,7 +20,7 @@ impl KnownCard {
         let memory = (self.memory_gib * f64::from(1 << 30)) as u64 - CONTEXT_BYTES;
         let target =
             describe(self.name.to_string(), memory, self.matrix_tflops, self.bandwidth_tbs, self.fp8, self.bus_gbs);
-        let gated_rank = if self.server { gated_rank(shared_bytes((8, 0))) } else { 0 };
+        let gated_rank = gated_rank(shared_bytes(if self.server { (8, 0) } else { (8, 6) }));
         Target { host_memory: Some(memory.max(16 << 30)), gated_rank, ..target }
     }
 }

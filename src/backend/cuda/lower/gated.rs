@@ -277,7 +277,10 @@ impl Lowering<'_> {
         ];
         let blocks = tiling.token_blocks(tokens);
         let grid = [tiling.strips(grad_output.columns), blocks, 1];
-        let shared = Tiling::gated_shared_bytes(tiling.rank, tiling.tiles, reader.is_some());
+        let shared = match tiling.lean {
+            true => Tiling::lean_shared_bytes(tiling.rank),
+            false => Tiling::gated_shared_bytes(tiling.rank, tiling.tiles, reader.is_some()),
+        };
         let mut given = arguments![parts];
         let Some(reader) = reader else {
             given.extend(product);
@@ -294,7 +297,8 @@ impl Lowering<'_> {
         let table: Box<[u64]> = [grad_middle, reader.grad_middle.stride as u64, partial, rank as u64].into();
         given.extend(arguments![table]);
         given.extend(product);
-        let entry = format!("lora_glu_backward_reader_{}", tiling.tiles);
+        let kind = if tiling.lean { "lean".to_string() } else { tiling.tiles.to_string() };
+        let entry = format!("lora_glu_backward_reader_{kind}");
         self.launch_variant(file, &entry, grid, THREADS, shared, given)?;
         let quads = rank * grad_output.columns / 4;
         let given = arguments![partial, blocks as i32, reader.grad_a.pointer, quads as i64];

@@ -31,6 +31,8 @@ pub(super) struct Tiling {
     pub tokens: usize,
     /// Column tiles of a strip.
     pub strip_tiles: usize,
+    /// Of `lora_glu_backward` with a reader: the product takes the place of another tile, for there is no room beside it.
+    pub lean: bool,
 }
 
 impl Tiling {
@@ -47,7 +49,7 @@ impl Tiling {
         let tiles = fitting(half).find(fills).or(fitting(half).last()).or(fitting(room.shared).last())?;
         Self::within(rows, sizes, None, room, |tokens| {
             let wanted = (2 * room.multiprocessors).div_ceil(tokens.div_ceil(TILE * tiles)).clamp(1, column_tiles);
-            Self { rank, tiles, tokens, strip_tiles: column_tiles.div_ceil(wanted) }
+            Self { rank, tiles, tokens, strip_tiles: column_tiles.div_ceil(wanted), lean: false }
         })
     }
 
@@ -62,10 +64,14 @@ impl Tiling {
         let shared = |tiles| Self::gated_shared_bytes(rank, tiles, reader.is_some());
         let fitting = || tile_counts(rank).filter(|&tiles| shared(tiles) <= room.shared);
         let fills = |tiles: &usize| rows.div_ceil(TILE * tiles) * column_tiles >= room.multiprocessors;
-        let tiles = fitting().find(fills).or(fitting().last())?;
+        let (tiles, lean) = match fitting().find(fills).or(fitting().last()) {
+            Some(tiles) => (tiles, false),
+            None if reader.is_some() && Self::lean_shared_bytes(rank) <= room.shared => (1, true),
+            None => return None,
+        };
         Self::within(rows, &[size; 2], reader.map(|rank| (size.0, rank)), room, |tokens| {
             let blocks = tokens.div_ceil(TILE * tiles);
-            Self { rank, tiles, tokens, strip_tiles: strip_tiles(column_tiles, blocks, room.multiprocessors) }
+            Self { rank, tiles, tokens, strip_tiles: strip_tiles(column_tiles, blocks, room.multiprocessors), lean }
         })
     }
 
@@ -112,6 +118,11 @@ impl Tiling {
         wide * TILE * TILE * 2 + thin * TILE * (2 * rank + 16)
     }
 
+    /// One tile of tokens, with a reader whose product has no tile of its own.
+    pub fn lean_shared_bytes(rank: usize) -> usize {
+        Self::gated_shared_bytes(rank, 1, true) - TILE * TILE * 2
+    }
+
     /// Blocks of tokens of a launch over so many.
     pub fn token_blocks(&self, tokens: usize) -> usize {
         tokens.div_ceil(TILE * self.tiles)
@@ -131,7 +142,7 @@ impl Tiling {
 /// The largest rank of branches whose gradients `lora_glu_backward` sums together with that of their product's reader, on cards
 /// that have so much shared memory a block; 0 where it is too little.
 pub(in crate::backend::cuda) fn gated_rank(shared: usize) -> usize {
-    GATED_RANKS.into_iter().filter(|&rank| Tiling::gated_shared_bytes(rank, 1, true) <= shared).max().unwrap_or(0)
+    GATED_RANKS.into_iter().filter(|&rank| Tiling::lean_shared_bytes(rank) <= shared).max().unwrap_or(0)
 }
 
 /// The smallest of the ranks that a kernel is compiled for which takes this one.
@@ -201,13 +212,15 @@ mod tests {
                         let Some(tiling) = Tiling::gated(rows, (columns, rank), reader, &room) else {
                             let small = shared < 128 << 10;
                             assert!(
-                                rank == 32 && (small || rows == 128) || columns == 96 || reader.is_some() && small,
+                                rank == 32 && (small || rows == 128) || columns == 96,
                                 "{rows} rows of {columns}, {rank}"
                             );
                             continue;
                         };
                         assert!(tiling.workspace(&[(columns, rank); 2]) <= WORKSPACE);
-                        assert!(Tiling::gated_shared_bytes(tiling.rank, tiling.tiles, reader.is_some()) <= shared);
+                        let taken = Tiling::gated_shared_bytes(tiling.rank, tiling.tiles, reader.is_some());
+                        assert!(if tiling.lean { Tiling::lean_shared_bytes(tiling.rank) } else { taken } <= shared);
+                        assert_eq!(tiling.lean, reader.is_some() && shared < 128 << 10);
                         let (strips, blocks) = (tiling.strips(columns), tiling.token_blocks(tiling.tokens));
                         assert!(strips * tiling.strip_tiles * TILE >= columns);
                         assert!(strips == 1 || strips * blocks <= multiprocessors);
@@ -215,6 +228,7 @@ mod tests {
                 }
             }
         }
+        assert_eq!([99 << 10, 163 << 10, 227 << 10].map(gated_rank), [16, 32, 32]);
         assert!(
             Tiling::gated(
                 4096,
