@@ -5,7 +5,8 @@
 #   bash tests/gpu.sh          there: runs them, with .gpu/ carried along; prints "N passed, N failed"
 # TUNE_CASES limits the operations to cases whose name contains it. SANITIZE="memcheck racecheck" runs them under the tools
 # of compute-sanitizer too: all in one run, or a run for each word of SANITIZE_CASES; a run has SANITIZE_LIMIT seconds (200).
-# OLDER="8.0 8.9": compute capabilities as whose cards attention is tried too, with as little shared memory as those have.
+# OLDER="8.0 8.9": compute capabilities as whose cards attention and MLPs are tried too, with as little shared memory as those
+# have.
 # CROWDED="cuda wgpu": engines that are run beside a process that takes the card's memory (cuda).
 # SmolLM2's golden steps run where TUNE_SMOLLM2 is its folder, or parts of its GGUF file lie in MODEL_PARTS
 # (/tmp/tune-model), brought there by earlier calls; `split GGUF` here cuts the file into parts in .gpu_model/, with
@@ -65,10 +66,15 @@ failed=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$log" | awk '{ 
 # A run that died has no result line.
 grep -q '^test result: ' "$log" || failed=$((failed + 1))
 for older in ${OLDER-8.0 8.9}; do
-    TUNE_CASES=attention TUNE_CUDA_CAPABILITY=$older .gpu/cuda every_operation --nocapture >"$log.older" 2>&1
-    code=$?
-    if [ $code = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
-    echo "attention as on a card of compute capability $older: $(grep -E 'agree|off by' "$log.older" | tail -3)"
+    for cases in attention mlp; do
+        tests=every_operation
+        [ $cases = mlp ] && tests="$tests made_again products_that"
+        # shellcheck disable=SC2086 # several tests
+        TUNE_CASES=$cases TUNE_CUDA_CAPABILITY=$older .gpu/cuda $tests --nocapture >"$log.older" 2>&1
+        code=$?
+        if [ $code = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+        echo "$cases as on a card of compute capability $older: $(grep -E 'agree|off by|panicked' "$log.older" | tail -3)"
+    done
 done
 sanitize() { # TOOL CASES
     local begun=$SECONDS code ours
