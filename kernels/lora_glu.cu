@@ -9,7 +9,8 @@
 //   grad_a += g^T output  [rank, columns]
 // too, for which the product is not made again, or read.
 //
-// A thread takes 16 bytes of four rows of a tile and asks for those of the next tile before this one is multiplied. Results
+// A thread takes 16 bytes of four rows of a tile and asks for those of the next tile before this one is multiplied (LEAN:
+// before the last sum over it). Results
 // are rounded to bf16 before they are summed, as if they had been read from memory. Partial sums are added in order: the
 // same bits on every run. A multiprocessor has one block of 16 warps, which leaves the sums their registers; two blocks of 8
 // were slower.

@@ -192,3 +192,25 @@ fn samples_show_what_the_model_answers_on_the_way() {
     assert!(samples.len() >= 4 && samples.iter().any(|sample| sample["prompt"] == "beta"), "{samples:?}");
     assert!(samples.iter().any(|sample| sample["step"] == 4), "{samples:?}");
 }
+
+/// A run has programs only for micro-batches that its rows fill.
+#[test]
+fn rows_of_one_length_need_few_sizes() {
+    let bench = Bench::new();
+    let row = |length: usize| format!("{}\n", json!({ "input_ids": vec![7; length] }));
+    let sizes = |name: &str, lengths: [usize; 2]| {
+        let data = bench.write(name, &lengths.map(row).concat().repeat(8));
+        let settings = ["data.max_length=64", "train.batch=2", "train.steps=2", "data.eval=0", "engine.device=cpu"];
+        let model = bench.model();
+        let mut arguments = vec!["train", "--json", "--model", &model, "--data", &data];
+        settings.iter().for_each(|setting| arguments.extend(["--set", setting]));
+        let output = bench.tune(&arguments);
+        assert_eq!(losses(&output).len(), 2);
+        let plan = of_kind(&output.events(), "plan")[0].clone();
+        plan["micro_sizes"].as_array().unwrap().iter().map(|size| size.as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    let alike = sizes("alike.jsonl", [64, 64]);
+    assert!(alike.iter().all(|size| size % 64 == 0) && alike.last() == Some(&128), "{alike:?}");
+    let mixed = sizes("mixed.jsonl", [9, 64]);
+    assert!(mixed.len() > alike.len() && mixed[0] < 64, "{mixed:?}");
+}

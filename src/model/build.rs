@@ -246,6 +246,11 @@ impl<'a> Graph<'a> {
         LinearGroup { name: name.to_string(), output, modules, middle }
     }
 
+    /// Whether something of a group is trained: only then its backward pass reads the input.
+    pub fn trains(&self, group: &LinearGroup) -> bool {
+        self.trained == Trained::Weights || group.middle.is_some()
+    }
+
     /// Emits the backward pass of a group. `input` is the forward input (recomputed perhaps); returns its gradient
     /// when `need_input`.
     pub fn linear_backward(

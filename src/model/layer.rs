@@ -190,7 +190,8 @@ impl Graph<'_> {
         let mut first = 0;
         while first < tokens {
             let count = most.clamp(1, tokens - first);
-            let (gate_up, glu) = self.gate_up(layer, saved.norm2.output, first, count, training);
+            let gate_up = self.gate_up(layer, saved.norm2.output, first, count, training);
+            let glu = self.glu(&format!("layers.{layer}.mlp.glu"), gate_up.output);
             let output = self.part(delta, first, count);
             let modules = LayerModules::new(self.config, layer);
             let down = self.linear_to(output, &name, glu, modules.down, training);
@@ -208,20 +209,11 @@ impl Graph<'_> {
         if rows == self.rows(buffer) { buffer } else { self.builder.rows_of(buffer, first, rows) }
     }
 
-    /// The first half of the MLP for some tokens: gate and up, and the gated product.
-    fn gate_up(
-        &mut self,
-        layer: usize,
-        input: BufferId,
-        first: usize,
-        tokens: usize,
-        training: bool,
-    ) -> (LinearGroup, BufferId) {
+    /// Gate and up of the MLP for some tokens.
+    fn gate_up(&mut self, layer: usize, input: BufferId, first: usize, tokens: usize, training: bool) -> LinearGroup {
         let input = self.part(input, first, tokens);
         let modules = LayerModules::new(self.config, layer);
-        let gate_up = self.linear(&format!("layers.{layer}.mlp.gate_up"), input, modules.gate_up, training);
-        let glu = self.glu(&format!("layers.{layer}.mlp.glu"), gate_up.output);
-        (gate_up, glu)
+        self.linear(&format!("layers.{layer}.mlp.gate_up"), input, modules.gate_up, training)
     }
 
     /// The layer up to the MLP's norm. `attended`: what attention gave the first time, where that was kept.
@@ -363,7 +355,9 @@ impl Graph<'_> {
                 let weight = names::post_attention_norm(layer);
                 saved.norm2 = self.norm(&format!("{name}.norm2.again"), &weight, again(saved.norm2.sum));
                 for part in &mut mlp {
-                    part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);
+                    if self.trains(&part.down) {
+                        part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);
+                    }
                 }
             }
             Recompute::All | Recompute::Offload | Recompute::AllButAttention | Recompute::OffloadWithAttention => {
@@ -384,7 +378,10 @@ impl Graph<'_> {
         let grad_norm2 = self.activation(&format!("{name}.mlp.gate_up.grad_input"), tokens, self.config.hidden_size);
         for mut part in mlp {
             if recompute.runs_again() {
-                (part.gate_up, part.glu) = self.gate_up(layer, saved.norm2.output, part.first, part.tokens, true);
+                part.gate_up = self.gate_up(layer, saved.norm2.output, part.first, part.tokens, true);
+                if self.trains(&part.down) {
+                    part.glu = self.glu(&format!("{name}.mlp.glu"), part.gate_up.output);
+                }
             } else if recompute == Recompute::None && self.drops_gated {
                 // Made where the engine turns out not to do without it.
                 part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);

@@ -111,7 +111,7 @@ impl Program {
 
     /// Whether an engine does without the operation at `at`: a gated product that is made again for nothing but the gradient
     /// of `a` of the LoRA branch that read it, which comes with the gradients of gate and up where the branches have at most
-    /// the rank `most` ([`Target::gated_rank`]). Nothing else reads a product that is made again.
+    /// the rank `most` ([`Target::gated_rank`]). That nothing else reads the product is taken for granted: builders make it for this.
     pub fn does_without(&self, workload: &Workload, at: usize, most: usize) -> bool {
         let ops: Vec<&Op> = self.steps[at..].iter().take(4).map(|step| &step.op).collect();
         let &[

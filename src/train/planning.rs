@@ -27,8 +27,9 @@ pub struct Search<'a> {
     pub device_memory: Option<u64>,
     /// What the engine knows of the device beyond the target; none where plans need no look at their launches.
     pub facts: Option<Facts>,
-    /// Tokens of the shortest row and of the longest, which the largest micro-batch must hold.
+    /// Tokens of the shortest row: micro-batches that none fills need no program. 1 where it is not known.
     pub shortest_row: usize,
+    /// Tokens of the longest row: the largest micro-batch must hold it.
     pub longest_row: usize,
     /// Tokens that most updates stay below ([`update_tokens`]); a micro-batch need not be larger.
     pub update_tokens: usize,

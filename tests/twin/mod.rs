@@ -166,11 +166,14 @@ fn outputs(case: &Case, session: &mut dyn Session) -> Result<Vec<(BufferId, Vec<
     // What is only written holds NaN before. It may share its place with an input (an element-wise result over what it
     // was made from), so inputs come last.
     let is_input = |id: BufferId| read.contains(&id);
+    // What no operation touches has no place.
+    let any: Vec<BufferId> = case.ops().flat_map(Op::accesses).map(|(id, _)| id).collect();
     for inputs in [false, true] {
         for (index, buffer) in workload.buffers.iter().enumerate() {
             let id = BufferId(index as u32);
             let frozen = buffer.kind == Kind::Weight && !written.contains(&id);
-            if frozen || buffer.kind == Kind::Constant || is_input(id) != inputs {
+            let untouched = buffer.kind.is_transient() && !any.contains(&id);
+            if frozen || untouched || buffer.kind == Kind::Constant || is_input(id) != inputs {
                 continue;
             }
             session.write(id, &to_bytes(buffer.dtype, &buffer.name, &case.inputs[index]))?;

@@ -256,7 +256,9 @@ fn linear_backward(
         });
     }
     let grad_input = grad_input.map(|id| views.matrix_mut(id)).transpose()?;
-    linear::backward(views.matrix(input)?, grad_input.as_ref(), &borrowed);
+    let trains = borrowed.iter().any(|projection| projection.grad_weight.is_some() || projection.branch.is_some());
+    let input = trains.then(|| views.matrix(input)).transpose()?;
+    linear::backward(input, grad_input.as_ref(), &borrowed);
     Ok(())
 }
 

@@ -175,12 +175,15 @@ pub struct ProjectionBackward<'a> {
     pub branch: Option<BranchBackward<'a>>,
 }
 
-pub fn backward(input: Matrix, grad_input: Option<&MatrixMut>, projections: &[ProjectionBackward]) {
+/// `input` is there where something is trained.
+pub fn backward(input: Option<Matrix>, grad_input: Option<&MatrixMut>, projections: &[ProjectionBackward]) {
+    let Some(first) = projections.first() else { return };
+    let (tokens, width) = (first.grad_output.rows, first.weight.columns);
     let with_branch =
         || projections.iter().filter_map(|projection| projection.branch.as_ref().map(|branch| (projection, branch)));
     let mut narrow: Vec<(Matrix, &BranchBackward, Range<usize>)> = Vec::new();
     for (projection, branch) in with_branch() {
-        narrow.extend(blocks(input.rows, TOKENS).map(|rows| (projection.grad_output, branch, rows)));
+        narrow.extend(blocks(tokens, TOKENS).map(|rows| (projection.grad_output, branch, rows)));
     }
     narrow.into_par_iter().for_each(|(grad_output, branch, rows)| {
         // SAFETY: each task writes its own rows of its own branch.
@@ -201,7 +204,7 @@ pub fn backward(input: Matrix, grad_input: Option<&MatrixMut>, projections: &[Pr
             let mut out = unsafe { branch.grad_b.part(rows.clone(), 0..branch.grad_b.columns) };
             multiply(&mut out, grad_output.transposed(), branch.middle, branch.scale, Into::Add);
         }
-        if let Some(grad_weight) = &projection.grad_weight {
+        if let (Some(grad_weight), Some(input)) = (&projection.grad_weight, input) {
             // SAFETY: each task writes its own rows of its own gradient.
             let mut out = unsafe { grad_weight.part(rows.clone(), 0..grad_weight.columns) };
             multiply(&mut out, grad_output.transposed(), input, 1.0, Into::Add);
@@ -213,11 +216,11 @@ pub fn backward(input: Matrix, grad_input: Option<&MatrixMut>, projections: &[Pr
         }
     });
 
-    let columns: Vec<Range<usize>> = blocks(input.columns, COLUMNS).collect();
+    let columns: Vec<Range<usize>> = blocks(width, COLUMNS).collect();
     columns.into_par_iter().for_each(|columns| {
         if let Some(grad_input) = grad_input {
             // SAFETY: each task writes its own columns.
-            let mut out = unsafe { grad_input.part(0..input.rows, columns.clone()) };
+            let mut out = unsafe { grad_input.part(0..tokens, columns.clone()) };
             for (index, projection) in projections.iter().enumerate() {
                 let into = if index == 0 { Into::Replace } else { Into::Add };
                 times(&mut out, projection.grad_output, projection.weight, columns.clone(), into);
@@ -226,6 +229,7 @@ pub fn backward(input: Matrix, grad_input: Option<&MatrixMut>, projections: &[Pr
                 }
             }
         }
+        let Some(input) = input else { return };
         for (_, branch) in with_branch() {
             // SAFETY: each task writes its own columns of each gradient.
             let mut out = unsafe { branch.grad_a.part(0..branch.grad_a.rows, columns.clone()) };

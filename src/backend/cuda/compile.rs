@@ -197,16 +197,45 @@ impl From<&'static str> for Variant {
     }
 }
 
-/// Machine code of a file.
-type Compiled = Result<(Vec<u8>, Variant), EngineError>;
+/// Machine code of some files.
+type Compiled = Result<Vec<(Variant, Vec<u8>)>, EngineError>;
 
-/// Files on their way to machine code, by name.
-pub(super) struct Compiling(Vec<(&'static str, JoinHandle<Compiled>)>);
+/// Compiles files side by side, on the threads of the pool that this is called from.
+fn compile_all(cache: &KernelCache, architecture: &str, variants: &[Variant]) -> Compiled {
+    use rayon::prelude::*;
+    let compile = |variant: &Variant| {
+        let file = variant.file;
+        let source = Source::named(file).ok_or_else(|| failed(format!("there is no kernel file {file}")))?;
+        Ok((variant.clone(), cache.load(source, &variant.defines, architecture)?))
+    };
+    variants.par_iter().map(compile).collect()
+}
+
+/// Files on their way to machine code.
+pub(super) struct Compiling(Option<JoinHandle<Compiled>>);
+
+impl Compiling {
+    /// On threads of their own, for those of the pool have other work meanwhile: as many as the host has cores.
+    fn start(cache: KernelCache, architecture: String, variants: Vec<Variant>) -> Result<Self, EngineError> {
+        let compile = move || {
+            let pool = rayon::ThreadPoolBuilder::new().build();
+            let pool = pool.map_err(|error| failed(format!("threads to compile kernels on: {error}")))?;
+            pool.install(|| compile_all(&cache, &architecture, &variants))
+        };
+        let thread = std::thread::Builder::new().name("compiling kernels".into()).spawn(compile);
+        Ok(Self(Some(thread.map_err(|error| failed(format!("a thread to compile kernels on: {error}")))?)))
+    }
+
+    fn wait(mut self) -> Compiled {
+        let ended = self.0.take().map(JoinHandle::join);
+        ended.unwrap_or(Ok(Ok(Vec::new()))).unwrap_or_else(|_| Err(failed("compiling kernels ended early".to_string())))
+    }
+}
 
 impl Drop for Compiling {
     fn drop(&mut self) {
         // The process must not end under a running compiler.
-        self.0.drain(..).for_each(|(_, thread)| drop(thread.join()));
+        self.0.take().map(JoinHandle::join);
     }
 }
 
@@ -224,32 +253,27 @@ impl Kernels {
         Ok(Self { architecture, cache: KernelCache::open(), modules: HashMap::new(), card: card.clone() })
     }
 
-    /// Compiles files, side by side on the host's cores, and loads them.
+    /// Compiles files and loads them.
     pub fn prepare(&mut self, variants: &[Variant]) -> Result<(), EngineError> {
-        let missing = variants.iter().filter(|variant| !self.modules.contains_key(*variant)).cloned().collect();
-        let compiled = self.start(missing);
+        let missing: Vec<Variant> =
+            variants.iter().filter(|variant| !self.modules.contains_key(*variant)).cloned().collect();
+        let compiled = compile_all(&self.cache, &self.architecture, &missing)?;
         self.load(compiled)
     }
 
-    /// Starts compiling files, on threads of their own: the pool's have other work meanwhile.
-    pub fn start(&self, variants: Vec<Variant>) -> Compiling {
-        let compile = |variant: Variant| {
-            let (cache, architecture, file) = (self.cache.clone(), self.architecture.clone(), variant.file);
-            let binary = std::thread::spawn(move || {
-                let source = Source::named(file).ok_or_else(|| failed(format!("there is no kernel file {file}")))?;
-                Ok((cache.load(source, &variant.defines, &architecture)?, variant))
-            });
-            (file, binary)
-        };
-        Compiling(variants.into_iter().map(compile).collect())
+    /// Starts compiling files.
+    pub fn start(&self, variants: Vec<Variant>) -> Result<Compiling, EngineError> {
+        Compiling::start(self.cache.clone(), self.architecture.clone(), variants)
     }
 
     /// Waits for files that are being compiled, and loads them.
-    pub fn load(&mut self, mut compiling: Compiling) -> Result<(), EngineError> {
+    pub fn finish(&mut self, compiling: Compiling) -> Result<(), EngineError> {
+        self.load(compiling.wait()?)
+    }
+
+    fn load(&mut self, compiled: Vec<(Variant, Vec<u8>)>) -> Result<(), EngineError> {
         self.card.bind()?;
-        while let Some((file, thread)) = compiling.0.pop() {
-            let ended = thread.join().unwrap_or_else(|_| Err(failed(format!("compiling {file}.cu ended early"))));
-            let (binary, variant) = ended?;
+        for (variant, binary) in compiled {
             // SAFETY: the bytes are a whole CUBIN, from the compiler or from a checked file.
             let module = unsafe { driver::module::load_data(binary.as_ptr().cast()) }
                 .during(&format!("loading the kernels of {}", variant.file))?;
@@ -277,5 +301,33 @@ impl Drop for Kernels {
             // SAFETY: loaded in `prepare`, unloaded only here, after the session's work has ended.
             let _ = unsafe { driver::module::unload(*module) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_compile_beside_other_work() {
+        if compiler_version().is_err() {
+            println!("left out: NVRTC was not found");
+            return;
+        }
+        let start = |files: &[&'static str]| {
+            let variants = files.iter().map(|&file| Variant::from(file)).collect();
+            Compiling::start(KernelCache { folder: None }, "sm_80".into(), variants).expect("it starts")
+        };
+        let compiled = start(&["cast", "rope", "glu", "bias"]).wait().expect("they compile");
+        assert_eq!(
+            compiled.iter().map(|(variant, _)| variant.file).collect::<Vec<_>>(),
+            ["cast", "rope", "glu", "bias"]
+        );
+        assert!(compiled.iter().all(|(_, binary)| !binary.is_empty()));
+        assert!(start(&[]).wait().expect("nothing to do").is_empty());
+        // What is given up comes to its end first.
+        drop(start(&["rope", "column_sum"]));
+        let error = start(&["cast", "no such file"]).wait().expect_err("there is none");
+        assert!(error.to_string().contains("no such file"), "{error}");
     }
 }

@@ -79,14 +79,14 @@ impl CudaSession {
         let mut used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
         for (before, op, next) in plan.workload.programs.iter().flat_map(with_neighbours) {
             let of_attention = attention::files(&card, &plan, op).into_iter();
-            let wanted = of_attention.chain(lora::files(op)).chain(gated::file(before, op, next));
+            let wanted = of_attention.chain(lora::files(op)).chain(gated::file(&plan.workload, before, op, next));
             let new = wanted.filter(|variant| !used.contains(variant));
             used.extend(new.collect::<Vec<_>>());
         }
         // Weights are brought with these; the rest is compiled meanwhile.
         let (early, late): (Vec<_>, Vec<_>) = used.into_iter().partition(|variant| LOADING.contains(&variant.file));
-        let compiling = kernels.start(late);
         kernels.prepare(&early)?;
+        let compiling = kernels.start(late)?;
         let memory = Memory::new(&card, &plan)?;
         passed("memory allocated");
         let tables = Tables::new(&card)?;
@@ -95,7 +95,7 @@ impl CudaSession {
             super::driver::write(&card, memory.address(*id), bytemuck::cast_slice(values))?;
         }
         passed("weights loaded");
-        kernels.load(compiling)?;
+        kernels.finish(compiling)?;
         passed("kernels loaded");
         let mut products = Products::new(&card, tuning)?;
         let mut kept = Vec::new();

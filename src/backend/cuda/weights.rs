@@ -268,6 +268,9 @@ pub(super) fn write_buffer(
     if buffer.dtype.is_quantized() {
         return Err(unsupported(format!("{} is quantized and cannot be written", buffer.name)));
     }
+    if memory.address(id) == 0 && !bytes.is_empty() {
+        return Err(failed(format!("{} is touched by no program and has no memory", buffer.name)));
+    }
     if memory.stored(id) == buffer.dtype && memory.on_host(id) {
         return write_host(card, memory.address(id), bytes);
     }

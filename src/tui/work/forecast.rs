@@ -133,6 +133,10 @@ fn budget(spec: &RunSpec, choice: &Choice) -> Option<u64> {
 /// The plan that fits best; where none fits, the leanest, for its figures.
 fn plan(spec: &RunSpec, config: &ModelConfig, lengths: &[usize], choice: &Choice) -> Result<Plan, String> {
     let mut search = train::search(spec, config, lengths, choice).map_err(|error| error.to_string())?;
+    if lengths.len() == 1 {
+        // The rows are not known yet: they may be of any length.
+        search.shortest_row = 1;
+    }
     match search.run() {
         Ok((plan, _)) => Ok(plan),
         Err(PlanningError::Plan(PlanError::DoesNotFit { .. } | PlanError::HostTooSmall { .. })) => {

@@ -11,7 +11,8 @@ use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::compile::Variant;
 use crate::backend::cuda::driver::failed;
 use crate::backend::cuda::product::Matrix;
-use crate::program::{Access, Activation, DType, Lora, Op, Program, Projection, ProjectionBackward, Step};
+use crate::program::spare::gradient_ranks;
+use crate::program::{Access, Activation, DType, Lora, Op, Program, Projection, ProjectionBackward, Step, Workload};
 
 /// Threads of the kernels' blocks.
 const THREADS: u32 = 512;
@@ -82,9 +83,15 @@ fn branches(op: &Op, next: &Op) -> Option<usize> {
 
 /// The kernel file that a gated product takes with the operation after it; in the backward pass most likely, by the operation
 /// before it.
-pub(in crate::backend::cuda) fn file(before: Option<&Op>, op: &Op, next: Option<&Op>) -> Option<Variant> {
+pub(in crate::backend::cuda) fn file(
+    workload: &Workload,
+    before: Option<&Op>,
+    op: &Op,
+    next: Option<&Op>,
+) -> Option<Variant> {
     let next = next?;
-    let backward = if before.is_some_and(|before| reads(before, op)) { Pass::BackwardReader } else { Pass::Backward };
+    let reads = before.is_some_and(|before| reads(workload, before, op));
+    let backward = if reads { Pass::BackwardReader } else { Pass::Backward };
     match op {
         Op::Glu { activation, .. } => variant(*activation, branch(op, next)?.middle.width, Pass::Forward),
         Op::GluBackward { activation, .. } => variant(*activation, branches(op, next)?, backward),
@@ -92,12 +99,13 @@ pub(in crate::backend::cuda) fn file(before: Option<&Op>, op: &Op, next: Option<
     }
 }
 
-/// Whether the operation before the gradient of a gated product is that of the one that read it, with a branch of its own.
-fn reads(before: &Op, op: &Op) -> bool {
+/// Whether the operation before the gradient of a gated product is that of the one that read it, with a branch whose gradient
+/// may be left to the next.
+fn reads(workload: &Workload, before: &Op, op: &Op) -> bool {
     let (Op::LinearBackward { grad_input, projections, .. }, Op::GluBackward { grad_output, .. }) = (before, op) else {
         return false;
     };
-    *grad_input == Some(*grad_output) && projections.len() == 1 && projections[0].lora.is_some()
+    *grad_input == Some(*grad_output) && projections.len() == 1 && gradient_ranks(workload, projections).is_some()
 }
 
 fn variant(activation: Activation, rank: usize, pass: Pass) -> Option<Variant> {
@@ -110,7 +118,7 @@ fn variant(activation: Activation, rank: usize, pass: Pass) -> Option<Variant> {
 impl Lowering<'_> {
     /// The launches of a gated product with the sums of the next operation's branches, if the kernels take both.
     pub(super) fn gated_with_branches(&mut self, op: &Op, next: Option<&Op>) -> Result<bool, EngineError> {
-        let Some((next, file)) = next.zip(file(None, op, next)) else { return Ok(false) };
+        let Some((next, file)) = next.zip(file(self.workload, None, op, next)) else { return Ok(false) };
         if let Some(lora) = branch(op, next) {
             return self.glu_with_middle(op, lora, file);
         }
