@@ -32,6 +32,10 @@ struct Parts {
     Part of[4];
 };
 
+DEVICE uint4 zeros() { return make_uint4(0, 0, 0, 0); }
+
+DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+
 // Byte offset of 16 bytes in a tile of rows of 256 bytes; chunks are swapped within groups of eight, by the row.
 DEVICE u32 swizzled(int row, int chunk) { return row * 256 + ((chunk & 8) | ((chunk ^ row) & 7)) * 16; }
 
@@ -78,6 +82,28 @@ DEVICE void add_b(float (&sum)[RANK_TILES][4], u32 tile, int strip, u32 middle) 
             multiply_16x8x16(sum[2 * r], a, f[0], f[1]);
             multiply_16x8x16(sum[2 * r + 1], a, f[2], f[3]);
         }
+    }
+}
+
+// sum += rows of g, transposed, times eight columns of a tile, from column 8 `chunk` on: [RANKS, tokens] [tokens, 8]. Rows of g
+// are padded as those of middle and b are.
+template <int RANKS>
+DEVICE void add_a(float (&sum)[RANKS / 16][4], u32 tile, int chunk, u32 g) {
+    int lane = threadIdx.x & 31;
+    // Unrolled it would take registers from the tiles on their way.
+#pragma unroll 1
+    for (int i = 0; i < TILE / 32; i++) {
+        u32 x[4];
+        load_matrix_x4_transposed(x, tile + swizzled(i * 32 + lane, chunk));
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int r = 0; r < RANKS / 16; r++) {
+                u32 a[4];
+                int token = i * 32 + h * 16 + (lane & 7) + (lane >> 4) * 8;
+                load_matrix_x4_transposed(a, g + token * (2 * RANKS + 16) + (2 * r + ((lane >> 3) & 1)) * 16);
+                multiply_16x8x16(sum[r], a, x[2 * h], x[2 * h + 1]);
+            }
     }
 }
 

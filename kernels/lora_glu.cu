@@ -26,10 +26,6 @@ constexpr int APART = TILE / ROWS;
 // Rows of a, 128 columns of them: padded by 16 bytes.
 constexpr int A_STRIDE = 2 * TILE + 16;
 
-DEVICE uint4 zeros() { return make_uint4(0, 0, 0, 0); }
-
-DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
-
 DEVICE float gated(float gate, float up) {
     float value, slope;
     activation<GELU_GATE>(gate, value, slope);
@@ -116,26 +112,6 @@ struct Reader {
     float* partial;  // [blocks of tokens, rank, columns]
     int rank;
 };
-
-// sum += rows of g, transposed, times eight columns of a tile, from column 8 `chunk` on: [rank, tokens] [tokens, 8].
-DEVICE void add_a(float (&sum)[RANK / 16][4], u32 tile, int chunk, u32 g) {
-    int lane = threadIdx.x & 31;
-    // Unrolled it would take registers from the tiles on their way.
-#pragma unroll 1
-    for (int i = 0; i < TILE / 32; i++) {
-        u32 x[4];
-        load_matrix_x4_transposed(x, tile + swizzled(i * 32 + lane, chunk));
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int r = 0; r < RANK / 16; r++) {
-                u32 a[4];
-                int token = i * 32 + h * 16 + (lane & 7) + (lane >> 4) * 8;
-                load_matrix_x4_transposed(a, g + token * THIN_STRIDE + (2 * r + ((lane >> 3) & 1)) * 16);
-                multiply_16x8x16(sum[r], a, x[2 * h], x[2 * h + 1]);
-            }
-    }
-}
 
 // Grid: (strips of columns, blocks of TILES tiles of tokens). parts: gate and up, whose gradients may lie over gate_up.
 // LEAN: the product takes the place of the gradient of the gate when that is summed, on cards with little shared memory.
@@ -233,7 +209,7 @@ DEVICE void lora_glu_backward(const Parts& parts, const Reader& reader, const bf
                 load_tile((t + 1) % TILES, t + 1 < TILES ? column : column + TILE);
                 __syncthreads();
             }
-            if (READER) add_a(grad_a, tiles + (LEAN ? 0 : 2) * TILE_BYTES, warp, of_reader + t * TILE * THIN_STRIDE);
+            if (READER) add_a<RANK>(grad_a, tiles + (LEAN ? 0 : 2) * TILE_BYTES, warp, of_reader + t * TILE * THIN_STRIDE);
             __syncthreads();
         }
         store_sums(s.partial_b + (i64)blockIdx.y * columns * s.rank, grad_b, column + group * 16, end, s.rank);

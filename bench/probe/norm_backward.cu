@@ -4,28 +4,6 @@ extern __shared__ __align__(128) u8 shared[];
 constexpr int THREADS = 512, ROWS = 4, APART = TILE / ROWS;
 constexpr int G_STRIDE = 2 * READERS + 16;
 
-DEVICE uint4 zeros() { return make_uint4(0, 0, 0, 0); }
-DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
-
-// sum += rows of g, transposed, times eight columns of a tile: [READERS, tokens] [tokens, 8].
-DEVICE void add_a(float (&sum)[READERS / 16][4], u32 tile, int chunk, u32 g) {
-    int lane = threadIdx.x & 31;
-#pragma unroll 1
-    for (int i = 0; i < TILE / 32; i++) {
-        u32 x[4];
-        load_matrix_x4_transposed(x, tile + swizzled(i * 32 + lane, chunk));
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int r = 0; r < READERS / 16; r++) {
-                u32 a[4];
-                int token = i * 32 + h * 16 + (lane & 7) + (lane >> 4) * 8;
-                load_matrix_x4_transposed(a, g + token * G_STRIDE + (2 * r + ((lane >> 3) & 1)) * 16);
-                multiply_16x8x16(sum[r], a, x[2 * h], x[2 * h + 1]);
-            }
-    }
-}
-
 template <int TILES>
 DEVICE void norm_backward(const bf16* grad_output, const bf16* input, const bf16* residual, i64 residual_stride, const bf16* weight,
                           const float* inverse_rms, const float* means, bf16* grad_input, i64 grad_stride, const bf16* b_next,
@@ -97,7 +75,7 @@ DEVICE void norm_backward(const bf16* grad_output, const bf16* input, const bf16
             } else {
                 add_b(grad_b, tiles, group, middles + t * TILE * THIN_STRIDE);
             }
-            add_a(grad_a, tiles + TILE_BYTES, warp, gs + t * TILE * G_STRIDE);
+            add_a<READERS>(grad_a, tiles + TILE_BYTES, warp, gs + t * TILE * G_STRIDE);
             __syncthreads();
         }
         if (side == 1) store_sums(partial_b + (i64)blockIdx.y * columns * RANK, grad_b, column + group * 16, end, RANK);

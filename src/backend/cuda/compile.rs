@@ -211,6 +211,10 @@ fn compile_all(cache: &KernelCache, architecture: &str, variants: &[Variant]) ->
     variants.par_iter().map(compile).collect()
 }
 
+fn no_threads(error: &dyn std::error::Error) -> EngineError {
+    failed(format!("no threads to compile kernels on: {error}; end other programs, or raise the limit (ulimit -u)"))
+}
+
 /// Files on their way to machine code.
 pub(super) struct Compiling(Option<JoinHandle<Compiled>>);
 
@@ -219,11 +223,11 @@ impl Compiling {
     fn start(cache: KernelCache, architecture: String, variants: Vec<Variant>) -> Result<Self, EngineError> {
         let compile = move || {
             let pool = rayon::ThreadPoolBuilder::new().build();
-            let pool = pool.map_err(|error| failed(format!("threads to compile kernels on: {error}")))?;
+            let pool = pool.map_err(|error| no_threads(&error))?;
             pool.install(|| compile_all(&cache, &architecture, &variants))
         };
         let thread = std::thread::Builder::new().name("compiling kernels".into()).spawn(compile);
-        Ok(Self(Some(thread.map_err(|error| failed(format!("a thread to compile kernels on: {error}")))?)))
+        Ok(Self(Some(thread.map_err(|error| no_threads(&error))?)))
     }
 
     fn wait(mut self) -> Compiled {
