@@ -109,6 +109,14 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
+// The middle of a branch from the partial sums [parts, tokens, rank] of the kernel that makes what it reads (lora_glu, attention
+// forward), four values a thread; grid: (ceil(tokens rank / 4 / 256)).
+extern "C" __global__ void __launch_bounds__(256)
+    lora_middle_finish(const float* partial, int parts, bf16* middle, i64 stride, int tokens, int rank) {
+    i64 quads = (i64)tokens * rank / 4, i = (i64)blockIdx.x * 256 + threadIdx.x;
+    if (i < quads) store_middle(middle, stride, i, rank, 1.0f, sum_of((const float4*)partial + i, quads, parts));
+}
+
 // One branch beside the whole product's factors. Its columns are `offset` to `offset + rank` of those to spare.
 struct Branch {
     const bf16* middle;

@@ -97,13 +97,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store_sums(partial + (i64)(2 * blockIdx.x + half) * tokens * rank, sum, first_token + group * 16, tokens, rank);
 }
 
-// Adds up the partial sums of lora_glu, four values a thread; grid: (ceil(tokens rank / 4 / 256)).
-extern "C" __global__ void __launch_bounds__(256)
-    lora_glu_finish(const float* partial, int parts, bf16* middle, i64 stride, int tokens, int rank) {
-    i64 quads = (i64)tokens * rank / 4, i = (i64)blockIdx.x * 256 + threadIdx.x;
-    if (i < quads) store_middle(middle, stride, i, rank, 1.0f, sum_of((const float4*)partial + i, quads, parts));
-}
-
 #else
 // The branch that read the gated product.
 struct Reader {

@@ -4,7 +4,7 @@
 
 use super::Lowering;
 use super::elementwise::is_gelu;
-use super::lora::{Branch, even};
+use super::lora::{Branch, even, only_branch};
 use super::tiling::{GATED_RANKS, TILE, Tiling, compiled_rank, strip_tiles};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
@@ -12,7 +12,7 @@ use crate::backend::cuda::compile::Variant;
 use crate::backend::cuda::driver::failed;
 use crate::backend::cuda::product::Matrix;
 use crate::program::spare::gradient_ranks;
-use crate::program::{Access, Activation, DType, Lora, Op, Program, Projection, ProjectionBackward, Step, Workload};
+use crate::program::{Access, Activation, DType, Lora, Op, Program, ProjectionBackward, Step, Workload};
 
 /// Threads of the kernels' blocks.
 const THREADS: u32 = 512;
@@ -61,9 +61,8 @@ impl Reader {
 
 /// The branch of the linear operation after a gated product that takes its result, where it is the only one.
 fn branch<'a>(op: &Op, next: &'a Op) -> Option<&'a Lora> {
-    let (Op::Glu { output, .. }, Op::Linear { input, projections }) = (op, next) else { return None };
-    let [Projection { lora: Some(lora), .. }] = projections.as_slice() else { return None };
-    (input == output && lora.dropout.is_none()).then_some(lora)
+    let Op::Glu { output, .. } = op else { return None };
+    only_branch(*output, next)
 }
 
 /// The rank of the branches of gate and up, where both have one and the next operation takes their gradients.
@@ -147,8 +146,6 @@ impl Lowering<'_> {
         if !takes {
             return Ok(false);
         }
-        let partial = self.products.workspace().0;
-        let (tokens, rank) = (to.rows as i32, middle.columns as i32);
         let given = arguments![
             from.pointer,
             from.stride as i64,
@@ -156,16 +153,14 @@ impl Lowering<'_> {
             to.stride as i64,
             a.pointer,
             a.stride as i64,
-            partial,
-            tokens,
+            self.products.workspace().0,
+            to.rows as i32,
             to.columns as i32,
-            rank,
+            middle.columns as i32,
             strip_tiles as i32,
         ];
         self.launch_variant(&file, "lora_glu", [strips, token_tiles, 1], THREADS, shared, given)?;
-        let given = arguments![partial, parts as i32, middle.pointer, middle.stride as i64, tokens, rank];
-        let blocks = (to.rows * middle.columns / 4).div_ceil(256);
-        self.launch_variant(&file, "lora_glu_finish", [blocks, 1, 1], 256, 0, given)?;
+        self.finish_middle(middle, parts)?;
         self.summed = Some(*output);
         Ok(true)
     }

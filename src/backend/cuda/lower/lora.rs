@@ -10,7 +10,7 @@ use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::compile::Variant;
 use crate::backend::cuda::product::{Alpha, Matrix, Product};
 use crate::program::spare::{branch_columns, gradient_ranks};
-use crate::program::{BufferId, Columns, DType, LoraBackward, Op, Projection, ProjectionBackward};
+use crate::program::{BufferId, Columns, DType, Lora, LoraBackward, Op, Projection, ProjectionBackward};
 
 /// Projections that a kernel of `lora.cu` takes at once.
 const MOST_PARTS: usize = 4;
@@ -178,6 +178,21 @@ impl Lowering<'_> {
         ];
         let widest = places.iter().map(|place| (place[4] >> 32) as usize).max().unwrap_or(0);
         self.launch_variant(&variant(widest), "lora_place", [threads.div_ceil(256), 1, 1], 256, 0, arguments)
+    }
+
+    /// A branch's middle from `parts` partial sums, f32 `[parts, T, r]` in the library's scratch.
+    pub(super) fn finish_middle(&mut self, middle: Matrix, parts: usize) -> Result<(), EngineError> {
+        let (tokens, rank) = (middle.rows, middle.columns);
+        let arguments = arguments![
+            self.products.workspace().0,
+            parts as i32,
+            middle.pointer,
+            middle.stride as i64,
+            tokens as i32,
+            rank as i32,
+        ];
+        let grid = [(tokens * rank / 4).div_ceil(256), 1, 1];
+        self.launch_variant(&variant(rank), "lora_middle_finish", grid, 256, 0, arguments)
     }
 
     /// The gradients of the branches, and their share of the input's, which is added where the whole product's is there.
@@ -428,6 +443,13 @@ impl Lowering<'_> {
 /// Whether rows of a matrix are read 16 bytes at a time.
 pub(super) fn even(matrix: Matrix) -> bool {
     matrix.pointer.is_multiple_of(16) && matrix.stride.is_multiple_of(8)
+}
+
+/// The branch without dropout of a linear operation on `activation`, where it has no projection but one.
+pub(super) fn only_branch(activation: BufferId, op: &Op) -> Option<&Lora> {
+    let Op::Linear { input, projections } = op else { return None };
+    let [Projection { lora: Some(lora), .. }] = projections.as_slice() else { return None };
+    (*input == activation && lora.dropout.is_none()).then_some(lora)
 }
 
 /// `lora.cu` for branches of this rank; of those that are too wide for its backward pass only `lora_place` is used.
