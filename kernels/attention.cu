@@ -1,6 +1,8 @@
 // Causal attention of packed documents on the tensor cores of any card since sm_80 (mma.sync). Forward, with WARPS:
 //   P = softmax(cap(scale Q Kᵀ)), output = P V, log_sum_exp = ln Σ exp(cap(scale Q Kᵀ))
-// in one pass over keys with a running maximum: FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+// in one pass over keys with a running maximum: FlashAttention-2 (Dao 2023, arXiv 2307.08691). With MIDDLE_RANK also each
+// head's share of the middle of the LoRA branch that reads the output, while that is in registers:
+//   partial[head] = output a^T  [tokens, MIDDLE_RANK], over the head's columns; lora_middle_finish (lora.cu) adds them up.
 //
 // Source: prelude.cuh, tensor_core.cuh, attention_shape.cuh (its macros), this file.
 // Macros: WARPS, ROW_TILES (tiles of 16 queries a warp holds), BLOCK_N (keys a step, a multiple of 16);
@@ -26,7 +28,8 @@ constexpr int BLOCK_M = 16 * ROW_TILES * WARPS;
 constexpr int THREADS = 32 * WARPS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_forward(bf16* output, float* log_sum_exp, const bf16* qkv, const int* document_start, int tokens) {
+    attention_forward(bf16* output, float* log_sum_exp, const bf16* qkv, const int* document_start, int tokens, const bf16* a,
+                      i64 a_stride, float* partial) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int head = blockIdx.y, kv_head = head / GROUP;
     // Late tiles see the most keys: they start first.
@@ -194,6 +197,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         store_rows<HEAD_DIM>(output + head * HEAD_DIM, OUTPUT_STRIDE, first + tile_row, tokens, shared + tile_row * ROW_BYTES,
                    accumulator[tile], inverse[0], inverse[1]);
+        if constexpr (MIDDLE_RANK > 0)
+            store_partial_middle<MIDDLE_RANK>(partial + (i64)head * tokens * MIDDLE_RANK, a + head * HEAD_DIM, a_stride,
+                                      first + tile_row, tokens, accumulator[tile], inverse[0], inverse[1]);
     }
 }
 #endif

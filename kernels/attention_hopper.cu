@@ -29,7 +29,8 @@ constexpr u32 KEY_SLAB = BLOCK_N * 128, KEY_BYTES = SLABS * KEY_SLAB;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_forward_hopper(bf16* output, float* log_sum_exp, const __grid_constant__ TensorMap qkv_map,
-                             const int* document_start, int tokens, int section) {
+                             const int* document_start, int tokens, int section, const bf16* a, i64 a_stride,
+                             float* partial) {
     u32 query_tile = aligned_shared(), key_tiles = query_tile + QUERY_BYTES;
     u32 value_tiles = key_tiles + STAGES * KEY_BYTES, staging = value_tiles + STAGES * KEY_BYTES;
     u32 query_full = staging + STAGING_BYTES, query_empty = query_full + 8;
@@ -247,6 +248,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         stage.advance();
         store_rows<PIECE>(output + tile.head * HEAD_DIM, OUTPUT_STRIDE, tile.first + warp_row, tokens, warp_staging, accumulator,
                    inverse[0], inverse[1]);
+        if constexpr (MIDDLE_RANK > 0)
+            store_partial_middle<MIDDLE_RANK>(partial + (i64)tile.head * tokens * MIDDLE_RANK, a + tile.head * HEAD_DIM, a_stride,
+                                      tile.first + warp_row, tokens, accumulator, inverse[0], inverse[1]);
     }
 }
 #endif

@@ -1,7 +1,8 @@
 // What the attention kernels share: the shape they are compiled for and which tokens see which.
 //
 // Macros: HEADS, KV_HEADS, HEAD_DIM; SCALE (float, positive); WINDOW (0: none); SOFTCAP (float, 0: none). OUTPUT_SPARE and
-// GRAD_SPARE: columns that rows of the output and of the gradient of qkv have beyond their own (0).
+// GRAD_SPARE: columns that rows of the output and of the gradient of qkv have beyond their own (0). MIDDLE_RANK: the rank of
+// the LoRA branch that reads the output, a multiple of 8, where the forward kernels sum for it (0: they do not).
 //
 // A token t sees s when first_seen(t) <= s <= t; token s is seen by t when s <= t < end_of_seers(s). Both bounds never
 // decrease, so that the first and last token of a tile bound all of it.
@@ -11,6 +12,9 @@
 #endif
 #ifndef GRAD_SPARE
 #define GRAD_SPARE 0
+#endif
+#ifndef MIDDLE_RANK
+#define MIDDLE_RANK 0
 #endif
 
 extern __shared__ __align__(1024) unsigned char shared[];
@@ -95,4 +99,39 @@ DEVICE void store_rows(bf16* head, i64 stride, int first, int tokens, unsigned c
         }
     }
     __syncwarp();
+}
+
+// A warp's 16 rows of a head's output (as for store_rows, and rounded as they are stored) by the head's columns of the
+// branch's `a` [RANK, HEADS HEAD_DIM], `a_columns`: into the head's partial sum of the middle, [tokens, RANK].
+template <int RANK>
+DEVICE void store_partial_middle(float* partial, const bf16* a_columns, i64 a_stride, int first, int tokens,
+                         const float (&values)[HEAD_DIM / 8][4], float factor_low, float factor_high) {
+    static_assert(RANK % 8 == 0, "tiles of eight rows of a");
+    int lane = threadIdx.x & 31;
+    const bf16* a_row = a_columns + (lane >> 2) * a_stride + (lane & 3) * 2;
+    float sum[RANK / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; k++) {
+        u32 x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* pair = &values[2 * k + (i >> 1)][2 * (i & 1)];
+            float factor = (i & 1) ? factor_high : factor_low;
+            x[i] = pack_bf16(pair[0] * factor, pair[1] * factor);
+        }
+#pragma unroll
+        for (int r = 0; r < RANK / 8; r++) {
+            const u32* b = (const u32*)(a_row + r * 8 * a_stride + k * 16);
+            multiply_16x8x16(sum[r], x, b[0], b[4]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < RANK / 8; r++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = first + half * 8 + (lane >> 2);
+            if (row < tokens)
+                *(float2*)(partial + (i64)row * RANK + r * 8 + (lane & 3) * 2) =
+                    make_float2(sum[r][2 * half], sum[r][2 * half + 1]);
+        }
 }

@@ -78,7 +78,7 @@ impl CudaSession {
         let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
         let mut used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
         for (before, op, next) in plan.workload.programs.iter().flat_map(with_neighbours) {
-            let of_attention = attention::files(&card, &plan, op).into_iter();
+            let of_attention = attention::files(&card, &plan, op, next).into_iter();
             let wanted = of_attention.chain(lora::files(op)).chain(gated::file(&plan.workload, before, op, next));
             let new = wanted.filter(|variant| !used.contains(variant));
             used.extend(new.collect::<Vec<_>>());

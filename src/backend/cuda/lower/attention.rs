@@ -1,19 +1,23 @@
 //! Attention: training forward and backward, and generation over a cache.
 //!
 //! Launch shapes and the reasons for them are at the top of each kernel file. On Hopper heads of 64 and 128
-//! dimensions take the warpgroup kernels.
+//! dimensions take the warpgroup kernels. The forward kernels sum for the LoRA branch that reads their result, where
+//! they can: no other pass over it is made for the branch's sake.
 
 use super::Lowering;
+use super::lora::{even, only_branch};
+use super::tiling::TILE;
 use crate::backend::EngineError;
 use crate::backend::cuda::command::{TensorMap, arguments};
 use crate::backend::cuda::compile::{Define, Variant};
 use crate::backend::cuda::driver::{Card, shared_bytes, unsupported};
-use crate::program::{AttentionShape, BufferId, DType, Op, Plan};
+use crate::backend::cuda::product::WORKSPACE_BYTES;
+use crate::program::{AttentionShape, BufferId, DType, Lora, Op, Plan, Workload};
 
 impl Lowering<'_> {
     pub(super) fn attention(&mut self, op: &Op) -> Result<(), EngineError> {
         match op {
-            Op::Attention { .. } => self.attention_forward(op),
+            Op::Attention { .. } => self.attention_forward(op, None),
             Op::AttentionBackward { .. } => self.attention_backward(op),
             Op::CachedAttention { qkv, cache_key, cache_value, start, output, shape } => {
                 self.cached_attention([*qkv, *cache_key, *cache_value, *start, *output], shape)
@@ -22,7 +26,20 @@ impl Lowering<'_> {
         }
     }
 
-    fn attention_forward(&mut self, op: &Op) -> Result<(), EngineError> {
+    /// The launches of attention with the middle of the next operation's branch, if the kernels take both.
+    pub(super) fn attention_with_branch(&mut self, op: &Op, next: Option<&Op>) -> Result<bool, EngineError> {
+        let (Op::Attention { output, .. }, Some(lora)) = (op, branch(self.workload, op, next)) else {
+            return Ok(false);
+        };
+        if ![self.matrix(lora.a), self.columns(lora.middle)].into_iter().all(even) {
+            return Ok(false);
+        }
+        self.attention_forward(op, Some(lora))?;
+        self.summed = Some(*output);
+        Ok(true)
+    }
+
+    fn attention_forward(&mut self, op: &Op, branch: Option<&Lora>) -> Result<(), EngineError> {
         let Op::Attention { qkv, document_start, output, log_sum_exp, shape, .. } = op else {
             return Ok(());
         };
@@ -32,21 +49,33 @@ impl Lowering<'_> {
         let room = Room { output: self.memory.spare(self.workload, *output), grad: 0 };
         let (output, log_sum_exp) = (self.address(*output), self.address(*log_sum_exp));
         let starts = self.address(*document_start);
-        let variant = forward_variant(self.card, shape, room);
+        let variant = forward_variant(self.card, shape, room, branch);
+        let sums = match branch {
+            Some(lora) => {
+                self.expect("attention", &[lora.a, lora.middle.buffer], DType::BF16)?;
+                let a = self.matrix(lora.a);
+                arguments![a.pointer, a.stride as i64, self.products.workspace().0]
+            }
+            None => arguments![0u64, 0i64, 0u64],
+        };
         if hopper(self.card, shape) {
             let map = TensorMap::new(&self.matrix(*qkv), 128)?;
             let section = query_section(shape, tokens);
-            let arguments = arguments![output, log_sum_exp, map, starts, tokens as i32, section];
+            let mut arguments = arguments![output, log_sum_exp, map, starts, tokens as i32, section];
+            arguments.extend(sums);
             let grid = self.persistent(tokens.div_ceil(128) * shape.heads);
             let shared = 1280 * d + 20480;
-            return self.launch_variant(&variant, "attention_forward_hopper", grid, 384, shared, arguments);
+            self.launch_variant(&variant, "attention_forward_hopper", grid, 384, shared, arguments)?;
+        } else {
+            let [warps, row_tiles, block_n] = forward_tiles(d);
+            let block_m = 16 * row_tiles * warps;
+            let mut arguments = arguments![output, log_sum_exp, self.address(*qkv), starts, tokens as i32];
+            arguments.extend(sums);
+            let grid = [tokens.div_ceil(block_m), shape.heads, 1];
+            let shared = (block_m + 2 * block_n) * (2 * d + 16);
+            self.launch_variant(&variant, "attention_forward", grid, 32 * warps as u32, shared, arguments)?;
         }
-        let [warps, row_tiles, block_n] = forward_tiles(d);
-        let block_m = 16 * row_tiles * warps;
-        let arguments = arguments![output, log_sum_exp, self.address(*qkv), starts, tokens as i32];
-        let grid = [tokens.div_ceil(block_m), shape.heads, 1];
-        let shared = (block_m + 2 * block_n) * (2 * d + 16);
-        self.launch_variant(&variant, "attention_forward", grid, 32 * warps as u32, shared, arguments)
+        branch.map_or(Ok(()), |lora| self.finish_middle(self.columns(lora.middle), shape.heads))
     }
 
     fn attention_backward(&mut self, op: &Op) -> Result<(), EngineError> {
@@ -172,12 +201,13 @@ struct Room {
     grad: usize,
 }
 
-/// Kernel files that an operation of a plan needs on this card.
-pub fn files(card: &Card, plan: &Plan, op: &Op) -> Vec<Variant> {
+/// Kernel files that an operation of a plan needs on this card, with the operation after it.
+pub fn files(card: &Card, plan: &Plan, op: &Op, next: Option<&Op>) -> Vec<Variant> {
     let spare = |id: &BufferId| plan.spare.columns(&plan.workload, *id);
     match op {
         Op::Attention { output, shape, .. } => {
-            vec![forward_variant(card, shape, Room { output: spare(output), grad: 0 })]
+            let branch = branch(&plan.workload, op, next);
+            vec![forward_variant(card, shape, Room { output: spare(output), grad: 0 }, branch)]
         }
         Op::AttentionBackward { output, grad_qkv, shape, .. } => {
             let room = Room { output: spare(output), grad: spare(grad_qkv) };
@@ -187,6 +217,24 @@ pub fn files(card: &Card, plan: &Plan, op: &Op) -> Vec<Variant> {
         }
         _ => Vec::new(),
     }
+}
+
+/// The largest rank of a branch whose middle comes with attention: its sums are in registers.
+const MOST_RANK: usize = 32;
+
+/// The branch of the operation after attention that takes its result, if its middle comes with that: the heads' partial
+/// sums have room in the library's scratch and are no more bytes than the pass that they save. Of fewer tokens a tile
+/// would be mostly empty.
+fn branch<'a>(workload: &Workload, op: &Op, next: Option<&'a Op>) -> Option<&'a Lora> {
+    let Op::Attention { output, shape, .. } = op else { return None };
+    let lora = only_branch(*output, next?)?;
+    let (tokens, rank) = (workload.buffer(*output).rows(), lora.middle.width);
+    let (partial_bytes, pass) = (4 * shape.heads * tokens * rank, 2 * tokens * shape.query_columns());
+    let takes = tokens >= TILE
+        && rank.is_multiple_of(8)
+        && rank <= MOST_RANK
+        && partial_bytes <= pass.min(WORKSPACE_BYTES as usize);
+    takes.then_some(lora)
 }
 
 /// Whether the warpgroup kernels take this shape.
@@ -199,11 +247,14 @@ fn hopper_variant(pass: &'static str, shape: &AttentionShape, room: Room) -> Var
     variant("attention_hopper", shape, room, &[(pass, 1)])
 }
 
-fn forward_variant(card: &Card, shape: &AttentionShape, room: Room) -> Variant {
-    if hopper(card, shape) {
-        return hopper_variant("FORWARD", shape, room);
-    }
-    variant("attention", shape, room, &forward_sizes(shape.head_dim))
+fn forward_variant(card: &Card, shape: &AttentionShape, room: Room, branch: Option<&Lora>) -> Variant {
+    let mut variant = if hopper(card, shape) {
+        hopper_variant("FORWARD", shape, room)
+    } else {
+        variant("attention", shape, room, &forward_sizes(shape.head_dim))
+    };
+    variant.defines.extend(branch.map(|lora| ("MIDDLE_RANK", lora.middle.width.to_string())));
+    variant
 }
 
 /// The portable kernels; the first of them serves every card.
@@ -316,6 +367,43 @@ fn key_section(shape: &AttentionShape, tokens: usize) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::program::{Columns, Dropout, Kind, Projection, Role, WorkloadBuilder};
+
+    /// Whether the middle of a branch of this rank comes with attention over so many tokens, heads and their dimensions.
+    fn is_taken([tokens, heads, head_dim]: [usize; 3], rank: usize, dropout: f32) -> bool {
+        let shape = AttentionShape { heads, kv_heads: heads, head_dim, scale: 1.0, window: None, softcap: None };
+        let mut builder = WorkloadBuilder::new();
+        builder.begin("forward", Role::Micro, tokens);
+        // Only the shapes of the activations count.
+        let weight = builder.persistent("weight", &[1], DType::F32, Kind::Weight);
+        let mut activation = |name: &str, columns: usize| builder.activation(name, &[tokens, columns], DType::BF16);
+        let [output, middle, result] =
+            [("output", shape.query_columns()), ("middle", rank), ("result", 8)].map(|(name, n)| activation(name, n));
+        let dropout = (dropout > 0.0).then_some(Dropout { probability: dropout, key: weight, stream: 0 });
+        let middle = Columns { buffer: middle, start: 0, width: rank };
+        let lora = Some(Lora { a: weight, b: weight, middle, scale: weight, dropout });
+        let output_columns = Columns { buffer: result, start: 0, width: 8 };
+        let projections = vec![Projection { weight, bias: None, output: output_columns, lora }];
+        let (qkv, document_start, document_end, log_sum_exp) = (weight, weight, weight, weight);
+        let op = Op::Attention { qkv, document_start, document_end, output, log_sum_exp, shape };
+        let next = Op::Linear { input: output, projections };
+        assert!(
+            branch(builder.workload(), &op, None).is_none() && branch(builder.workload(), &next, Some(&next)).is_none()
+        );
+        branch(builder.workload(), &op, Some(&next)).is_some()
+    }
+
+    #[test]
+    fn a_middle_comes_with_attention_where_that_saves_a_pass() {
+        for rank in [8, 16, 24, 32] {
+            assert!(is_taken([4096, 32, 128], rank, 0.0) && is_taken([128, 9, 64], rank, 0.0));
+        }
+        assert!(!is_taken([4096, 32, 128], 4, 0.0) && !is_taken([4096, 32, 128], 64, 0.0), "ranks");
+        assert!(!is_taken([4096, 32, 128], 16, 0.1), "dropout");
+        assert!(!is_taken([127, 32, 128], 16, 0.0), "few tokens");
+        assert!(!is_taken([4096, 32, 32], 24, 0.0), "partial sums are more than the output");
+        assert!(is_taken([16_384, 32, 128], 16, 0.0) && !is_taken([16_385, 32, 128], 16, 0.0), "room for partial sums");
+    }
 
     #[test]
     fn every_head_has_tiles_that_fit_every_card() {

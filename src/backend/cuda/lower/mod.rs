@@ -86,7 +86,7 @@ impl<'a> Lowering<'a> {
         let (op, next) = (&program.steps[at].op, program.steps.get(at + 1).map(|next| &next.op));
         if self.is_left_out(program, at)? {
             self.summed = None;
-        } else if !self.gated_with_branches(op, next)? {
+        } else if !self.gated_with_branches(op, next)? && !self.attention_with_branch(op, next)? {
             if matches!(op, Op::LinearBackward { .. }) {
                 self.reader = self.reader(program, at)?;
             }
