@@ -29,6 +29,11 @@ fn attention(head_dim: usize, window: usize, softcap: f32, sizes: &[(&'static st
     defines
 }
 
+/// With sums for a branch of the largest rank that is taken.
+fn with_branch(sizes: &[(&'static str, usize)]) -> Vec<(&'static str, usize)> {
+    sizes.iter().copied().chain([("MIDDLE_RANK", 32)]).collect()
+}
+
 /// What a file is compiled with: attention for each size of head.
 fn variants(source: &Source, (architecture, capability): (&str, (i32, i32))) -> Vec<Vec<Define>> {
     let mut variants = Vec::new();
@@ -36,12 +41,14 @@ fn variants(source: &Source, (architecture, capability): (&str, (i32, i32))) -> 
         match source.name {
             "attention" => {
                 variants.push(attention(d, window, softcap, &forward_sizes(d)));
+                variants.push(attention(d, window, softcap, &with_branch(&forward_sizes(d))));
                 variants.push(attention(d, window, softcap, &backward_sizes(d, capability)));
             }
             "attention_hopper" => {
                 if architecture == "sm_90a" && matches!(d, 64 | 128) {
                     let pass = |name| attention(d, window, softcap, &[(name, 1)]);
                     variants.extend(["FORWARD", "BACKWARD"].map(pass));
+                    variants.push(attention(d, window, softcap, &with_branch(&[("FORWARD", 1)])));
                 }
             }
             "lora" => {

@@ -16,6 +16,7 @@ pub fn all(target: &Target) -> Vec<Case> {
     linear(target, &mut cases);
     rope(target, &mut cases);
     attention(target, &mut cases);
+    attention_branches(target, &mut cases);
     cached_attention(target, &mut cases);
     glu(target, &mut cases);
     gated_branches(target, &mut cases);
@@ -111,8 +112,10 @@ struct Parts {
     needs_input_gradient: bool,
 }
 
+const PLAIN: Parts = Parts { bias: false, rank: None, dropout: 0.0, trained: false, needs_input_gradient: true };
+
 fn linear(target: &Target, cases: &mut Vec<Case>) {
-    let plain = Parts { bias: false, rank: None, dropout: 0.0, trained: false, needs_input_gradient: true };
+    let plain = PLAIN;
     let lora = Parts { rank: Some(8), ..plain };
     let table: &[(usize, usize, &[usize], DType, Parts)] = &[
         (1, 64, &[64], DType::F32, plain),
@@ -159,7 +162,7 @@ fn linear_table(target: &Target, table: &[LinearRow], cases: &mut Vec<Case>) {
 
 /// Linear operations on frozen weights that an engine quantizes on loading.
 pub fn quantized(target: &Target) -> Vec<Case> {
-    let plain = Parts { bias: false, rank: None, dropout: 0.0, trained: false, needs_input_gradient: true };
+    let plain = PLAIN;
     let lora = Parts { rank: Some(8), ..plain };
     let mut cases = Vec::new();
     for dtype in [DType::Nf4, DType::Int8] {
@@ -398,6 +401,48 @@ fn attention(target: &Target, cases: &mut Vec<Case>) {
     }
 }
 
+/// Attention before a linear operation with a LoRA branch, as a layer has them: an engine may sum for the branch while it makes
+/// what that reads.
+fn attention_branches(target: &Target, cases: &mut Vec<Case>) {
+    let rank = |rank| Parts { rank: Some(rank), ..PLAIN };
+    type Row<'a> = (&'a [usize], usize, usize, usize, DType, Parts);
+    let table: &[Row] = &[
+        (&[130], 2, 1, 64, DType::BF16, rank(8)),
+        (&[100, 157], 4, 2, 64, DType::BF16, rank(32)),
+        (&[300, 1, 500, 299], 9, 3, 64, DType::BF16, rank(16)),
+        (&[200, 57], 2, 1, 128, DType::F32, rank(24)),
+        (&[500, 600], 4, 1, 128, DType::BF16, rank(16)),
+        (&[257], 2, 2, 128, DType::Nf4, rank(32)),
+        (&[75, 60], 2, 1, 96, DType::BF16, rank(24)),
+        (&[90, 167], 4, 1, 80, DType::BF16, rank(32)),
+        (&[1000, 100], 3, 3, 80, DType::BF16, rank(8)),
+        (&[140, 9], 2, 1, 256, DType::BF16, rank(16)),
+        // Few tokens, ranks too small and too large, and more partial sums than a pass over the output is.
+        (&[70], 2, 1, 64, DType::BF16, rank(8)),
+        (&[257], 2, 1, 64, DType::BF16, rank(4)),
+        (&[130], 2, 1, 128, DType::BF16, rank(64)),
+        (&[130], 4, 2, 16, DType::BF16, rank(16)),
+        (&[130], 2, 1, 128, DType::BF16, Parts { dropout: 0.1, ..rank(16) }),
+        (&[130], 2, 1, 64, DType::BF16, PLAIN),
+    ];
+    for &(lengths, heads, kv_heads, head_dim, dtype, parts) in table {
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let shape = AttentionShape { heads, kv_heads, head_dim, scale, window: None, softcap: None };
+        let (tokens, columns) = (lengths.iter().sum(), shape.query_columns());
+        let label = format!("{lengths:?} {heads}/{kv_heads}x{head_dim} {} {}", dtype.name(), describe(parts));
+        let mut case = Writer::new(target, format!("attention_branch {label}"));
+        let (starts, ends) = documents(lengths);
+        let qkv = case.random("qkv", &[tokens, shape.columns()], case.compute, Kind::Activation, 2.0);
+        let (document_start, document_end) =
+            (case.integers("document_start", &starts), case.integers("document_end", &ends));
+        let output = case.output("attention", &[tokens, columns], case.compute);
+        let log_sum_exp = case.output("log_sum_exp", &[tokens, heads], DType::F32);
+        let linear = linear_op(&mut case, output, (tokens, columns), &[72], dtype, parts);
+        let attention = Op::Attention { qkv, document_start, document_end, output, log_sum_exp, shape };
+        cases.push(case.finish_all([attention, linear]));
+    }
+}
+
 fn cached_attention(target: &Target, cases: &mut Vec<Case>) {
     for (tokens, start, capacity, heads, kv_heads, head_dim, window, softcap) in [
         (1, 0, 64, 2, 1, 64, None, None),
@@ -438,15 +483,13 @@ fn glu(target: &Target, cases: &mut Vec<Case>) {
     }
 }
 
-const GATED: Parts = Parts { bias: false, rank: None, dropout: 0.0, trained: false, needs_input_gradient: true };
-
 /// Tokens, columns of the gated product, those of what linear operations have beside it, and how weights are stored.
 type GatedRow = (usize, usize, usize, DType, Activation, Parts);
 
 /// Gated products before linear operations with LoRA branches, as an MLP has them: an engine may sum for the branches while
 /// it makes what they read.
 fn gated_branches(target: &Target, cases: &mut Vec<Case>) {
-    let rank = |rank| Parts { rank: Some(rank), ..GATED };
+    let rank = |rank| Parts { rank: Some(rank), ..PLAIN };
     let table = [
         (1, 64, 32, DType::F32, Activation::Silu, rank(8)),
         (37, 96, 64, DType::BF16, Activation::GeluTanh, rank(8)),
@@ -462,7 +505,7 @@ fn gated_branches(target: &Target, cases: &mut Vec<Case>) {
         (130, 256, 64, DType::BF16, Activation::Silu, Parts { dropout: 0.1, ..rank(16) }),
         (130, 256, 64, DType::BF16, Activation::Silu, Parts { needs_input_gradient: false, ..rank(16) }),
         (257, 512, 128, DType::Nf4, Activation::Silu, rank(16)),
-        (130, 256, 64, DType::BF16, Activation::Silu, GATED),
+        (130, 256, 64, DType::BF16, Activation::Silu, PLAIN),
     ];
     table.into_iter().for_each(|row| gated_row(target, row, cases));
     for (row, kept) in [
@@ -482,7 +525,7 @@ fn gated_branches(target: &Target, cases: &mut Vec<Case>) {
 
 /// The same with four tiles of tokens a block, and with more tokens than one launch has room for.
 pub fn wide_gated_branches(target: &Target) -> Vec<Case> {
-    let rank = |rank| Parts { rank: Some(rank), ..GATED };
+    let rank = |rank| Parts { rank: Some(rank), ..PLAIN };
     let mut cases = Vec::new();
     for row in [
         (1100, 5640, 8, DType::BF16, Activation::Silu, rank(16)),
