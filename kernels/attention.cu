@@ -180,6 +180,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
 
+    if constexpr (MIDDLE_RANK > 0) {
+        __syncthreads();
+        copy_rows<MIDDLE_RANK, THREADS>(key_tile, a + head * HEAD_DIM, a_stride, 0, MIDDLE_RANK);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+    }
     // Each warp reads only its own rows of the query tile, so it may reuse them.
 #pragma unroll
     for (int tile = 0; tile < ROW_TILES; tile++) {
@@ -198,8 +205,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         store_rows<HEAD_DIM>(output + head * HEAD_DIM, OUTPUT_STRIDE, first + tile_row, tokens, shared + tile_row * ROW_BYTES,
                    accumulator[tile], inverse[0], inverse[1]);
         if constexpr (MIDDLE_RANK > 0)
-            store_partial_middle<MIDDLE_RANK>(partial + (i64)head * tokens * MIDDLE_RANK, a + head * HEAD_DIM, a_stride,
-                                      first + tile_row, tokens, accumulator[tile], inverse[0], inverse[1]);
+            store_partial_middle<MIDDLE_RANK>(partial + (i64)head * tokens * MIDDLE_RANK, key_tile, first + tile_row, tokens,
+                                              accumulator[tile], inverse[0], inverse[1]);
     }
 }
 #endif

@@ -5,7 +5,8 @@
 //
 // Source: prelude.cuh, tensor_core.cuh, hopper.cuh, attention_shape.cuh (its macros), attention_tiles.cuh, this file.
 // attention_forward_hopper: grid min(multiprocessors, ⌈tokens / 128⌉ HEADS), block 384, dynamic shared memory
-//   1280 HEAD_DIM + 20480 bytes. `qkv_map` is a tensor map of qkv as a matrix [tokens, columns] of bf16: dimensions
+//   1280 HEAD_DIM + 20480 bytes, and with a branch 4 A_ROWS (2 HEAD_DIM + 16) more. `qkv_map` is a tensor map of qkv as a
+//   matrix [tokens, columns] of bf16: dimensions
 //   {columns, tokens}, row stride 2 columns bytes, box {64, 128}, 128-byte swizzle.
 //   `section` (1 to HEADS): heads worked on together, so that their keys and values stay in the L2 cache.
 //
@@ -38,6 +39,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     u32 value_full = key_empty + 8 * STAGES, value_empty = value_full + 8 * STAGES;
     u32 tile_full = value_empty + 8 * STAGES, tile_empty = tile_full + 16;
     volatile int* tile_slots = (volatile int*)shared_pointer(tile_empty + 16);
+    // A head's columns of a for each group, twice: a warp may be at the next tile while another multiplies by them.
+    u32 a_tiles = (tile_empty + 24 + 15) & ~15u;
 
     int tiles = (tokens + TILE - 1) / TILE * HEADS;
     int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
@@ -138,6 +141,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (index >= tiles) break;
 
         Tile tile = tile_at<HEADS, true>(index, tokens, section);
+        u32 a_tile = a_tiles + (2 * group + (n & 1)) * A_ROWS * ROW_BYTES;
+        if constexpr (MIDDLE_RANK > 0) {
+            for (int i = threadIdx.x & 127; i < MIDDLE_RANK * (HEAD_DIM / 8); i += 128) {
+                int r = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8);
+                copy_async_16(a_tile + r * ROW_BYTES + chunk * 16, a + r * a_stride + tile.head * HEAD_DIM + chunk * 8, true);
+            }
+            copy_async_commit();
+        }
         int row = tile.first + warp_row + (lane >> 2);
         int row_first_key[2] = {first_seen(document_start, min(row, tokens - 1)),
                                 first_seen(document_start, min(row + 8, tokens - 1))};
@@ -248,9 +259,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         stage.advance();
         store_rows<PIECE>(output + tile.head * HEAD_DIM, OUTPUT_STRIDE, tile.first + warp_row, tokens, warp_staging, accumulator,
                    inverse[0], inverse[1]);
-        if constexpr (MIDDLE_RANK > 0)
-            store_partial_middle<MIDDLE_RANK>(partial + (i64)tile.head * tokens * MIDDLE_RANK, a + tile.head * HEAD_DIM, a_stride,
-                                      tile.first + warp_row, tokens, accumulator, inverse[0], inverse[1]);
+        if constexpr (MIDDLE_RANK > 0) {
+            copy_async_wait<0>();
+            named_barrier_wait(3 + group, 128);
+            store_partial_middle<MIDDLE_RANK>(partial + (i64)tile.head * tokens * MIDDLE_RANK, a_tile, tile.first + warp_row, tokens,
+                                              accumulator, inverse[0], inverse[1]);
+        }
     }
 }
 #endif

@@ -101,14 +101,16 @@ DEVICE void store_rows(bf16* head, i64 stride, int first, int tokens, unsigned c
     __syncwarp();
 }
 
+// Rows of ROW_BYTES that the head's columns of the branch's `a` take in shared memory.
+constexpr int A_ROWS = (MIDDLE_RANK + 15) / 16 * 16;
+
 // A warp's 16 rows of a head's output (as for store_rows, and rounded as they are stored) by the head's columns of the
-// branch's `a` [RANK, HEADS HEAD_DIM], `a_columns`: into the head's partial sum of the middle, [tokens, RANK].
+// branch's `a`, in shared memory: into the head's partial sum of the middle, [tokens, RANK].
 template <int RANK>
-DEVICE void store_partial_middle(float* partial, const bf16* a_columns, i64 a_stride, int first, int tokens,
-                         const float (&values)[HEAD_DIM / 8][4], float factor_low, float factor_high) {
+DEVICE void store_partial_middle(float* partial, u32 a_tile, int first, int tokens, const float (&values)[HEAD_DIM / 8][4],
+                                 float factor_low, float factor_high) {
     static_assert(RANK % 8 == 0, "tiles of eight rows of a");
     int lane = threadIdx.x & 31;
-    const bf16* a_row = a_columns + (lane >> 2) * a_stride + (lane & 3) * 2;
     float sum[RANK / 8][4] = {};
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; k++) {
@@ -120,9 +122,11 @@ DEVICE void store_partial_middle(float* partial, const bf16* a_columns, i64 a_st
             x[i] = pack_bf16(pair[0] * factor, pair[1] * factor);
         }
 #pragma unroll
-        for (int r = 0; r < RANK / 8; r++) {
-            const u32* b = (const u32*)(a_row + r * 8 * a_stride + k * 16);
-            multiply_16x8x16(sum[r], x, b[0], b[4]);
+        for (int r = 0; r < RANK / 8; r += 2) {
+            u32 b[4];
+            load_b_from_n_rows<ROW_BYTES>(b, a_tile + r * 8 * ROW_BYTES + k * 32);
+            multiply_16x8x16(sum[r], x, b[0], b[1]);
+            if (r + 1 < RANK / 8) multiply_16x8x16(sum[r + 1 < RANK / 8 ? r + 1 : r], x, b[2], b[3]);
         }
     }
 #pragma unroll

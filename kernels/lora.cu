@@ -117,6 +117,29 @@ extern "C" __global__ void __launch_bounds__(256)
     if (i < quads) store_middle(middle, stride, i, rank, 1.0f, sum_of((const float4*)partial + i, quads, parts));
 }
 
+// A gradient and its partial sums, `apart` quads from each other.
+struct Sum {
+    const float* partial;
+    float* to;
+    i64 apart;
+    i64 quads;
+};
+
+struct Sums {
+    Sum of[5];
+};
+
+// to += its partial sums, of which there are `count`, four values a thread; grid: (ceil(most quads / 256), gradients).
+extern "C" __global__ void __launch_bounds__(256) lora_add_up(const __grid_constant__ Sums sums, int count) {
+    const Sum& s = sums.of[blockIdx.y];
+    i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
+    if (i >= s.quads) return;
+    float4 sum = sum_of((const float4*)s.partial + i, s.apart, count);
+    float4* at = (float4*)s.to + i;
+    float4 x = *at;
+    *at = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
+}
+
 // One branch beside the whole product's factors. Its columns are `offset` to `offset + rank` of those to spare.
 struct Branch {
     const bf16* middle;
@@ -163,9 +186,9 @@ extern "C" __global__ void __launch_bounds__(256)
     *(uint4*)(of_x ? x + row * x_stride + column : w + row * w_stride + column) = out;
 }
 
-// Rows of a below those of w. Eight values a thread; grid: (ceil(rows columns / 8 / 256)).
+// Rows to another place, as those of a below those of w. Eight values a thread; grid: (ceil(rows columns / 8 / 256)).
 extern "C" __global__ void __launch_bounds__(256)
-    lora_below(const bf16* a, i64 a_stride, bf16* to, i64 stride, int rows, int columns) {
+    lora_rows(const bf16* a, i64 a_stride, bf16* to, i64 stride, int rows, int columns) {
     int chunks = columns / 8;
     int i = blockIdx.x * 256 + threadIdx.x;
     if (i >= rows * chunks) return;

@@ -1,6 +1,5 @@
-// What the kernels that sum over activations for LoRA branches share (lora.cu, lora_glu.cu): tiles of activations and the
-// thin matrices beside them in shared memory, and where partial sums lie. RANK (16, 32 or 64, the real rank or more) is a
-// macro. Real ranks and columns are multiples of 8.
+// What the kernels that work through tiles of activations to sum for LoRA branches share (lora.cu, lora_glu.cu): tiles and the
+// thin matrices beside them in shared memory. RANK (16, 32 or 64, the real rank or more) is a macro.
 
 constexpr int TILE = 128;
 constexpr int TILE_BYTES = TILE * TILE * 2;
@@ -8,33 +7,6 @@ constexpr int TILE_BYTES = TILE * TILE * 2;
 constexpr int THIN_STRIDE = 2 * RANK + 16;
 constexpr int B_BYTES = TILE * THIN_STRIDE;
 constexpr int RANK_TILES = RANK / 8;
-
-// One projection's side of the backward pass, and where its partial sums lie.
-struct Part {
-    const bf16* grad_output;
-    const bf16* b;
-    const bf16* middle;
-    bf16* grad_middle;
-    float* partial_middle;  // [strips, tokens, rank]
-    float* partial_b;       // [blocks of tokens, columns, rank]
-    float* grad_b;
-    const float* scale;
-    i64 grad_stride;
-    i64 middle_stride;
-    i64 grad_middle_stride;
-    int columns;
-    int rank;
-    int strips;
-    int strip_tiles;  // column tiles of a strip
-};
-
-struct Parts {
-    Part of[4];
-};
-
-DEVICE uint4 zeros() { return make_uint4(0, 0, 0, 0); }
-
-DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 // Byte offset of 16 bytes in a tile of rows of 256 bytes; chunks are swapped within groups of eight, by the row.
 DEVICE u32 swizzled(int row, int chunk) { return row * 256 + ((chunk & 8) | ((chunk ^ row) & 7)) * 16; }
@@ -118,20 +90,4 @@ DEVICE void store_sums(float* to, const float (&sum)[RANK_TILES][4], int first, 
             if (row < end && at < rank)
                 *(float2*)(to + (i64)row * rank + at) = make_float2(sum[r][2 * half], sum[r][2 * half + 1]);
         }
-}
-
-DEVICE float4 sum_of(const float4* from, i64 apart, int count) {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-    for (int i = 0; i < count; i++) {
-        float4 x = from[i * apart];
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    return sum;
-}
-
-// Four sums times `scale` as bf16, beside each other in a row of `rank` values.
-DEVICE void store_middle(bf16* to, i64 stride, i64 quad, int rank, float scale, float4 sum) {
-    uint2 packed = make_uint2(pack_bf16(scale * sum.x, scale * sum.y), pack_bf16(scale * sum.z, scale * sum.w));
-    *(uint2*)(to + quad * 4 / rank * stride + quad * 4 % rank) = packed;
 }

@@ -7,7 +7,7 @@
 //   g = s grad b  [tokens, rank],   grad_b += s grad^T middle  [columns, rank].
 // With a READER, the branch that read the gated product, its
 //   grad_a += g^T output  [rank, columns]
-// too, for which the product is not made again, or read.
+// too (added up by lora_add_up, lora.cu), for which the product is not made again, or read.
 //
 // A thread takes 16 bytes of four rows of a tile and asks for those of the next tile before this one is multiplied (LEAN:
 // before the last sum over it). Results
@@ -247,18 +247,5 @@ LORA_GLU_BACKWARD(1)
 LORA_GLU_BACKWARD(2)
 #if RANK <= 16
 LORA_GLU_BACKWARD(4)
-#endif
-
-#ifdef BACKWARD_READER
-// grad_a += the reader's partial sums, four values a thread; grid: (ceil(quads / 256)).
-extern "C" __global__ void __launch_bounds__(256)
-    lora_glu_finish_a(const float* partial, int blocks, float* grad_a, i64 quads) {
-    i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
-    if (i >= quads) return;
-    float4 sum = sum_of((const float4*)partial + i, quads, blocks);
-    float4* to = (float4*)grad_a + i;
-    float4 x = *to;
-    *to = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
-}
 #endif
 #endif

@@ -77,6 +77,7 @@ fn adder(sizes: &[usize], capacity: usize) -> (Model, Runs) {
         logits_bytes: 1 << 20,
         mlp_tokens: usize::MAX,
         gated_rank: 0,
+        norms: None,
     };
     let plan = plan::plan(workload(sizes), target).unwrap();
     let contents = plan.workload.buffers.iter().map(|buffer| vec![0; buffer.bytes() as usize]).collect();

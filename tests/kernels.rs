@@ -34,6 +34,36 @@ fn with_branch(sizes: &[(&'static str, usize)]) -> Vec<(&'static str, usize)> {
     sizes.iter().copied().chain([("MIDDLE_RANK", 32)]).collect()
 }
 
+/// Slices of so many columns, of heads of so many dimensions, in tiles of so many rows.
+fn slices((head_dim, width): (usize, usize), rank: usize, rows: usize) -> Vec<Define> {
+    let numbers =
+        [("HEAD_DIM", head_dim), ("WIDTH", width), ("RANK", rank), ("TILE_ROWS", rows), ("BLOCK_WARPS", rows / 2)];
+    numbers.map(|(name, value)| (name, value.to_string())).to_vec()
+}
+
+/// Both passes of norms with branches, in slices of few and of most columns.
+fn norms() -> Vec<Vec<Define>> {
+    let mut variants = Vec::new();
+    for (width, slices, readers, rank, weight) in [
+        (512, 8, 48, 16, "bf16"),
+        (512, 8, 32, 16, "float"),
+        (288, 2, 48, 16, "bf16"),
+        (512, 4, 0, 16, "bf16"),
+        (384, 8, 48, 0, "bf16"),
+        (256, 1, 16, 16, "float"),
+    ] {
+        for (pass, rows) in [("FORWARD", 16), ("BACKWARD", 32)] {
+            let numbers = [("WIDTH", width), ("SLICES", slices), ("READERS", readers), ("RANK", rank)];
+            let numbers = numbers.into_iter().chain([(pass, 1), ("TILE_ROWS", rows), ("BLOCK_WARPS", rows / 2)]);
+            let numbers = numbers.map(|(name, value)| (name, value.to_string()));
+            if readers > 0 || pass == "BACKWARD" {
+                variants.push(numbers.chain([("WEIGHT", weight.to_string())]).collect());
+            }
+        }
+    }
+    variants
+}
+
 /// What a file is compiled with: attention for each size of head.
 fn variants(source: &Source, (architecture, capability): (&str, (i32, i32))) -> Vec<Vec<Define>> {
     let mut variants = Vec::new();
@@ -53,6 +83,17 @@ fn variants(source: &Source, (architecture, capability): (&str, (i32, i32))) -> 
             }
             "lora" => {
                 return ["16", "32", "64"].into_iter().map(|rank| vec![("RANK", rank.to_string())]).collect();
+            }
+            // Cards of people at home have shared memory for narrower slices.
+            "lora_rope" | "lora_delta" => {
+                let rows = if source.name == "lora_rope" { 16 } else { 32 };
+                let shapes = [(64, 512), (80, 480), (96, 480), (128, 512), (128, 384), (128, 256), (256, 512)];
+                return shapes.into_iter().flat_map(|shape| [16, 32].map(|rank| slices(shape, rank, rows))).collect();
+            }
+            // Older cards have no clusters.
+            "lora_norm" => {
+                let older = capability < (9, 0);
+                return if older { Vec::new() } else { norms() };
             }
             "lora_glu" => {
                 let shapes = [("16", "0"), ("16", "1"), ("32", "0"), ("32", "1")];

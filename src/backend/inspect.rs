@@ -100,7 +100,8 @@ fn written(workload: &Workload) -> Vec<bool> {
 }
 
 /// Runs each operation of a program on the reference's inputs in both sessions and compares what they write;
-/// errors do not add up. Operations that an engine may take together run together (see [`Op::may_join`]), and what nothing
+/// errors do not add up. Operations that an engine may take together run together (see [`Op::may_join`]; the CUDA engine takes
+/// more together where LoRA is trained, which this does not follow), and what nothing
 /// reads afterwards is not compared. The sessions hold the same workload, up to storage types (see [`reference_workload`]);
 /// the caller has written inputs, scalars and adapters to the reference.
 ///

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use super::ModelConfig;
 use super::names::{self, Module};
 use crate::program::{
-    BufferId, Columns, DType, Dropout, Kind, Lora, LoraBackward, Op, Projection, ProjectionBackward, Target,
-    WorkloadBuilder, random,
+    BufferId, Columns, DType, Dropout, Kind, Lora, LoraBackward, NormLimits, Op, Projection, ProjectionBackward,
+    Target, WorkloadBuilder, random,
 };
 
 /// LoRA on some of the projections.
@@ -42,8 +42,8 @@ pub(super) struct Graph<'a> {
     pub mlp_limit: usize,
     pub adapter: Option<&'a AdapterOptions>,
     pub trained: Trained,
-    /// Whether gated products are not kept, for the engine does without them in the backward pass.
-    pub drops_gated: bool,
+    /// What is not kept, for the engine does without it in the backward pass.
+    pub drops: Drops,
 }
 
 /// The inputs of a program, shared by all programs of that many tokens.
@@ -77,15 +77,35 @@ fn mlp_limit(config: &ModelConfig, target: &Target) -> usize {
     if fitting < 128 { fitting.max(1) } else { fitting / 128 * 128 }
 }
 
-/// Whether an MLP's LoRA branches are such that the backward pass does without the gated product on this target.
-fn drops_gated(target: &Target, weights: DType, adapter: Option<&AdapterOptions>) -> bool {
-    let fits = |adapter: &AdapterOptions| {
-        adapter.rank <= target.gated_rank
-            && adapter.rank.is_multiple_of(8)
-            && adapter.dropout == 0.0
-            && names::MLP.iter().all(|&name| adapter.targets.contains(name))
-    };
-    weights != DType::Fp8 && adapter.is_some_and(fits)
+/// What is not kept on a target although LoRA branches read it: their gradients come with others'.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Drops {
+    pub gated: bool,
+    norms: Option<NormLimits>,
+    columns: usize,
+    /// Ranks of the branches that read the norm before attention, and that before the MLP.
+    ranks: [usize; 2],
+}
+
+impl Drops {
+    fn new(config: &ModelConfig, target: &Target, weights: DType, adapter: Option<&AdapterOptions>) -> Self {
+        let fits = |adapter: &&AdapterOptions| {
+            weights != DType::Fp8 && adapter.rank.is_multiple_of(8) && adapter.dropout == 0.0
+        };
+        let Some(adapter) = adapter.filter(fits) else { return Self::default() };
+        let count = |names: &[&str]| names.iter().filter(|&&name| adapter.targets.contains(name)).count();
+        Self {
+            gated: adapter.rank <= target.gated_rank && count(names::MLP) == names::MLP.len(),
+            norms: target.norms,
+            columns: config.hidden_size,
+            ranks: [names::QUERY_KEY_VALUE, &names::MLP[..2]].map(|names| adapter.rank * count(names)),
+        }
+    }
+
+    /// Of so many tokens, whether the norm before attention is not kept, and that before the MLP.
+    pub fn norms(&self, tokens: usize) -> [bool; 2] {
+        self.ranks.map(|ranks| self.norms.is_some_and(|norms| norms.take((tokens, self.columns), ranks)))
+    }
 }
 
 impl<'a> Graph<'a> {
@@ -106,7 +126,7 @@ impl<'a> Graph<'a> {
             mlp_limit: mlp_limit(config, target),
             adapter,
             trained,
-            drops_gated: drops_gated(target, weights, adapter),
+            drops: Drops::new(config, target, weights, adapter),
         }
     }
 

@@ -134,6 +134,12 @@ impl Graph<'_> {
         Norm { sum: sum.unwrap_or(stream.residual), output, inverse_rms }
     }
 
+    /// The norm with its result made again from its sum.
+    fn norm_again(&mut self, name: &str, weight: &str, norm: Norm) -> Norm {
+        let stream = Stream { residual: norm.sum, delta: None };
+        Norm { output: self.norm(&format!("{name}.again"), weight, stream).output, ..norm }
+    }
+
     /// Gradient of a norm's sum from that of its output and that which reaches the sum past the norm.
     pub fn norm_backward(
         &mut self,
@@ -346,14 +352,19 @@ impl Graph<'_> {
     ) -> Option<BufferId> {
         let name = format!("layers.{layer}");
         let (mut mlp, recompute) = (std::mem::take(&mut saved.mlp), saved.recompute);
+        // Norms that are not kept: made where the engine turns out not to do without them.
+        let [norm1_again, norm2_again] = match recompute {
+            Recompute::None => self.drops.norms(self.rows(saved.norm1.output)).map(|drops| drops && need_input),
+            Recompute::Cheap => [true; 2],
+            _ => [false; 2],
+        };
+        if norm2_again {
+            let weight = names::post_attention_norm(layer);
+            saved.norm2 = self.norm_again(&format!("{name}.norm2"), &weight, saved.norm2);
+        }
         match recompute {
             Recompute::None => {}
             Recompute::Cheap => {
-                let again = |sum| Stream { residual: sum, delta: None };
-                saved.norm1 =
-                    self.norm(&format!("{name}.norm1.again"), &names::input_norm(layer), again(saved.norm1.sum));
-                let weight = names::post_attention_norm(layer);
-                saved.norm2 = self.norm(&format!("{name}.norm2.again"), &weight, again(saved.norm2.sum));
                 for part in &mut mlp {
                     if self.trains(&part.down) {
                         part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);
@@ -382,8 +393,7 @@ impl Graph<'_> {
                 if self.trains(&part.down) {
                     part.glu = self.glu(&format!("{name}.mlp.glu"), part.gate_up.output);
                 }
-            } else if recompute == Recompute::None && self.drops_gated {
-                // Made where the engine turns out not to do without it.
+            } else if recompute == Recompute::None && self.drops.gated {
                 part.glu = self.glu(&format!("{name}.mlp.glu.again"), part.gate_up.output);
             }
             let grad_output = self.part(gradient, part.first, part.tokens);
@@ -408,6 +418,9 @@ impl Graph<'_> {
             for (part, tensor) in [("input", &mut before.input), ("attn", &mut before.attention_output)] {
                 tensor.returning = tensor.host.map(|host| self.bring_back(layer - 1, part, host));
             }
+        }
+        if norm1_again {
+            saved.norm1 = self.norm_again(&format!("{name}.norm1"), &names::input_norm(layer), saved.norm1);
         }
         let grad_attention = self.linear_backward(&saved.output, saved.attention, grad_x2, true).expect("asked for");
         let grad_qkv = self.activation(&format!("{name}.attn.grad_qkv"), tokens, shape.columns());

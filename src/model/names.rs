@@ -22,7 +22,10 @@ pub const HEAD: &str = "lm_head.weight";
 /// Projections that LoRA can be put on, in the order of a layer.
 pub const PROJECTIONS: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// Those of the MLP.
+/// Those that read what attention is given, normed.
+pub(super) const QUERY_KEY_VALUE: &[&str] = &["q_proj", "k_proj", "v_proj"];
+
+/// Those of the MLP, that of its product last.
 pub(super) const MLP: &[&str] = &["gate_proj", "up_proj", "down_proj"];
 
 /// A linear module of a layer: `[outputs, inputs]`.

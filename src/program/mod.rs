@@ -20,7 +20,7 @@ pub use op::{
     ProjectionBackward,
 };
 pub use plan::{Placement, Plan, PlanError};
-pub use target::{Rates, Target};
+pub use target::{NormLimits, Rates, Target};
 
 use serde::Serialize;
 
@@ -109,10 +109,34 @@ impl Program {
         self.steps.iter().map(|step| step.op.bytes_moved(workload)).sum()
     }
 
-    /// Whether an engine does without the operation at `at`: a gated product that is made again for nothing but the gradient
-    /// of `a` of the LoRA branch that read it, which comes with the gradients of gate and up where the branches have at most
-    /// the rank `most` ([`Target::gated_rank`]). That nothing else reads the product is taken for granted: builders make it for this.
-    pub fn does_without(&self, workload: &Workload, at: usize, most: usize) -> bool {
+    /// Whether an engine does without the operation at `at`, which is made again for the gradients of LoRA branches that come with
+    /// those of others: a gated product or a norm. That nothing else reads it is taken for granted: builders make it for this.
+    pub fn does_without(&self, workload: &Workload, at: usize, target: &Target) -> bool {
+        self.does_without_product(workload, at, target.gated_rank) || self.does_without_norm(workload, at, target)
+    }
+
+    /// A norm that is read for nothing but the gradients of `a` of the branches that read it, which come with its own where
+    /// branches and columns are such as a target takes ([`Target::norms`]).
+    fn does_without_norm(&self, workload: &Workload, at: usize, target: &Target) -> bool {
+        let Op::RmsNorm { output, residual: None, .. } = &self.steps[at].op else { return false };
+        let mut later = self.steps[at + 1..].iter().map(|step| &step.op);
+        let reads = |op: &&Op| op.accesses().iter().any(|&(id, _)| id == *output);
+        let Some(Op::LinearBackward { grad_input: Some(grad_input), projections, .. }) = later.find(reads) else {
+            return false;
+        };
+        let Some(Op::RmsNormBackward { grad_output, grad_weight: None, .. }) = later.next() else { return false };
+        let loras = || projections.iter().filter_map(|projection| projection.lora.as_ref());
+        let ranks: usize = loras().map(|lora| lora.middle.width).sum();
+        let shape = (workload.buffer(*output).rows(), workload.buffer(*output).columns());
+        grad_input == grad_output
+            && target.norms.is_some_and(|norms| norms.take(shape, ranks))
+            && loras().all(|lora| lora.dropout.is_none() && lora.middle.width.is_multiple_of(8))
+            && projections.iter().all(|projection| workload.buffer(projection.weight).dtype != DType::Fp8)
+    }
+
+    /// A gated product that is made again for nothing but the gradient of `a` of the branch that read it, which comes with the
+    /// gradients of gate and up where the branches have at most the rank `most` ([`Target::gated_rank`]).
+    fn does_without_product(&self, workload: &Workload, at: usize, most: usize) -> bool {
         let ops: Vec<&Op> = self.steps[at..].iter().take(4).map(|step| &step.op).collect();
         let &[
             Op::Glu { gate_up, output, .. },

@@ -438,7 +438,7 @@ pub fn estimate(workload: &Workload, program: &Program, target: &Target) -> f64 
     let (mut now, mut bus_free) = (0.0f64, 0.0f64);
     let mut arrivals: HashMap<BufferId, f64> = HashMap::new();
     for (at, step) in program.steps.iter().enumerate() {
-        if !program.does_without(workload, at, target.gated_rank) {
+        if !program.does_without(workload, at, target) {
             now += estimate_op(workload, &step.op, target);
         }
         match &step.op {

@@ -60,6 +60,35 @@ pub struct Target {
     /// Largest rank of the LoRA branches of an MLP whose backward pass does without the gated product
     /// ([`Program::does_without`](super::Program::does_without)); 0 where none does.
     pub gated_rank: usize,
+    /// Norms whose result the backward pass does without; none where there are none.
+    pub norms: Option<NormLimits>,
+}
+
+/// Which norms' results the backward pass does without, for the gradients of the LoRA branches that read them come with theirs.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NormLimits {
+    /// Columns are cut into at most so many slices alike, multiples of 16 of at most so many columns.
+    pub most_slices: usize,
+    pub widest_slice: usize,
+    /// Of the branches that read one, together.
+    pub most_ranks: usize,
+    /// Bytes of the result.
+    pub least_bytes: usize,
+}
+
+impl NormLimits {
+    /// Whether a norm of so many rows and columns is one, read by branches of these ranks together.
+    pub fn take(&self, (rows, columns): (usize, usize), ranks: usize) -> bool {
+        self.slices(columns).is_some()
+            && (1..=self.most_ranks).contains(&ranks)
+            && 2 * rows * columns >= self.least_bytes
+    }
+
+    /// The fewest slices of so many columns.
+    pub fn slices(&self, columns: usize) -> Option<usize> {
+        let fits = |slices: &usize| columns.is_multiple_of(16 * slices) && columns / slices <= self.widest_slice;
+        (1..=self.most_slices).find(fits)
+    }
 }
 
 /// The engine of a written target, which names one of this program's.

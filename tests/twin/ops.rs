@@ -1,5 +1,6 @@
 //! Every operation in straight f64 loops, after its formula: slow, and independent of the engines.
 
+use rayon::prelude::*;
 use tune::program::{
     Activation, AttentionShape, BufferId, Columns, Direction, Dropout, Op, Projection, ProjectionBackward, Workload,
     random,
@@ -69,13 +70,10 @@ impl Values<'_> {
 
 /// `a · bᵀ` for `a` `[m, k]` and `b` `[n, k]`.
 fn product(a: &[f64], b: &[f64], k: usize) -> Vec<f64> {
-    let mut out = Vec::new();
-    for row in a.chunks(k) {
-        for column in b.chunks(k) {
-            out.push(row.iter().zip(column).map(|(x, y)| x * y).sum());
-        }
-    }
-    out
+    let by_row = |row: &'_ [f64]| -> Vec<f64> {
+        b.chunks(k).map(|column| row.iter().zip(column).map(|(x, y)| x * y).sum()).collect()
+    };
+    a.par_chunks(k).flat_map_iter(by_row).collect()
 }
 
 fn transposed(a: &[f64], columns: usize) -> Vec<f64> {

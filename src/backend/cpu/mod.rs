@@ -94,6 +94,7 @@ pub fn target() -> Result<Target, EngineError> {
         logits_bytes: 64 << 20,
         mlp_tokens: usize::MAX,
         gated_rank: 0,
+        norms: None,
     })
 }
 

@@ -228,6 +228,37 @@ impl Card {
         })
     }
 
+    /// Clusters of so many blocks that run at once where a block has a multiprocessor to itself, by any kernel; none where the
+    /// driver does not say.
+    pub fn clusters(&self, kernel: sys::CUfunction, blocks: usize) -> Option<usize> {
+        let shared_bytes = self.shared_bytes * 3 / 4;
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is of a loaded module.
+        unsafe { result::function::set_function_attribute(kernel, most, shared_bytes as i32) }.ok()?;
+        // SAFETY: plain words, of which all zeros are a value.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attribute.value.clusterDim.x = blocks as u32;
+        attribute.value.clusterDim.y = 1;
+        attribute.value.clusterDim.z = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: blocks as u32,
+            gridDimY: self.multiprocessors,
+            gridDimZ: 1,
+            blockDimX: 512,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.stream,
+            attrs: &raw mut attribute,
+            numAttrs: 1,
+        };
+        let mut clusters = 0;
+        // SAFETY: all that is pointed to outlives the call.
+        unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut clusters, kernel, &raw const config) }.result().ok()?;
+        usize::try_from(clusters).ok().filter(|&clusters| clusters > 0)
+    }
+
     /// Free and total bytes.
     pub fn memory(&self) -> Result<(u64, u64), EngineError> {
         self.bind()?;

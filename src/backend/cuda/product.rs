@@ -230,6 +230,11 @@ impl Products {
         })
     }
 
+    /// Clusters of so many blocks among which sums are shared.
+    pub fn clusters(&mut self, blocks: usize, find: impl FnOnce() -> usize) -> usize {
+        self.tuning.clusters(blocks, find)
+    }
+
     fn describe(&self, product: Product) -> Result<Prepared, EngineError> {
         product.check()?;
         let layout = |matrix: &Matrix| {

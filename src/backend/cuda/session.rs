@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::command::{Command, Launch, arguments};
 use super::compile::{Kernels, Variant};
 use super::driver::{Card, DeviceMemory, Event, Graph, failed, zero};
-use super::lower::{Lowering, attention, gated, lora};
+use super::lower::{Lowering, attention, delta, gated, lora, norm, rotated};
 use super::memory::Memory;
 use super::product::Products;
 use super::tables::Tables;
@@ -80,7 +80,13 @@ impl CudaSession {
         for (before, op, next) in plan.workload.programs.iter().flat_map(with_neighbours) {
             let of_attention = attention::files(&card, &plan, op, next).into_iter();
             let wanted = of_attention.chain(lora::files(op)).chain(gated::file(&plan.workload, before, op, next));
+            let wanted = wanted.chain(rotated::file(card.shared_bytes, op, next));
+            let wanted = wanted.chain(delta::file(&plan.workload, card.shared_bytes, op, next));
             let new = wanted.filter(|variant| !used.contains(variant));
+            used.extend(new.collect::<Vec<_>>());
+        }
+        for program in &plan.workload.programs {
+            let new = norm::files(&card, &plan.workload, program).into_iter().filter(|variant| !used.contains(variant));
             used.extend(new.collect::<Vec<_>>());
         }
         // Weights are brought with these; the rest is compiled meanwhile.
@@ -100,10 +106,12 @@ impl CudaSession {
         let mut products = Products::new(&card, tuning)?;
         let mut kept = Vec::new();
         fill_noise(&card, &mut kernels, &memory)?;
+        let clusters = norm::clusters(&card, &mut kernels, &mut products)?;
         let mut programs = Vec::new();
         for program in &plan.workload.programs {
             let mut lowering =
-                Lowering::new(&card, &plan.workload, &memory, &mut kernels, &mut products, &tables, &mut kept);
+                Lowering::new(&card, &plan.workload, &memory, &mut kernels, &mut products, &tables, &mut kept)
+                    .with_clusters(clusters);
             let steps: Vec<_> =
                 (0..program.steps.len()).map(|at| lowering.lower(program, at)).collect::<Result<_, _>>()?;
             lowering.end(&program.name)?;
@@ -306,8 +314,8 @@ impl Session for CudaSession {
     }
 
     fn leaves_out(&self, program: usize, step: usize) -> bool {
-        let is_product = |step: &Step| matches!(step.op, Op::Glu { .. });
-        self.plan.workload.programs[program].steps.get(step).is_some_and(is_product)
+        let made_again = |step: &Step| matches!(step.op, Op::Glu { .. } | Op::RmsNorm { .. });
+        self.plan.workload.programs[program].steps.get(step).is_some_and(made_again)
             && self.programs[program][step].is_empty()
     }
 

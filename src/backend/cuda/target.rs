@@ -2,7 +2,7 @@
 
 use super::driver::shared_bytes;
 use super::known::KnownCard;
-use super::lower::gated_rank;
+use super::lower::{gated_rank, has_clusters, norm_limits};
 use super::product::WORKSPACE_BYTES;
 use crate::backend::EngineError;
 use crate::program::{DType, Rates, Target};
@@ -20,8 +20,13 @@ impl KnownCard {
         let memory = (self.memory_gib * f64::from(1 << 30)) as u64 - CONTEXT_BYTES;
         let target =
             describe(self.name.to_string(), memory, self.matrix_tflops, self.bandwidth_tbs, self.fp8, self.bus_gbs);
-        let gated_rank = gated_rank(shared_bytes(if self.server { (8, 0) } else { (8, 6) }));
-        Target { host_memory: Some(memory.max(16 << 30)), gated_rank, ..target }
+        let shared = shared_bytes(match (self.server, self.fp8) {
+            (true, true) => (9, 0),
+            (true, false) => (8, 0),
+            (false, _) => (8, 6),
+        });
+        let host_memory = Some(memory.max(16 << 30));
+        with_kernels(Target { host_memory, ..target }, shared, self.server && self.fp8)
     }
 }
 
@@ -49,7 +54,12 @@ pub fn target(ordinal: usize) -> Result<Target, EngineError> {
         let own = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
         system.available_memory().min(own) / 5 * 3
     });
-    Ok(Target { host_memory, gated_rank: gated_rank(card.shared_bytes), ..target })
+    Ok(with_kernels(Target { host_memory, ..target }, card.shared_bytes, has_clusters(&card)))
+}
+
+/// The target with what kernels on a card with so much shared memory a block do without.
+fn with_kernels(target: Target, shared: usize, has_clusters: bool) -> Target {
+    Target { gated_rank: gated_rank(shared), norms: norm_limits(has_clusters, shared), ..target }
 }
 
 /// Products of 8-bit floats over those of bf16, measured on the H100 (1,318 and 750 TFLOP/s).
@@ -81,5 +91,6 @@ fn describe(name: String, memory: u64, matrix_tflops: f64, bandwidth_tbs: f64, f
         logits_bytes: 256 << 20,
         mlp_tokens: usize::MAX,
         gated_rank: 0,
+        norms: None,
     }
 }

@@ -30,6 +30,10 @@ struct Table {
     kernels: String,
     /// By shape.
     products: BTreeMap<String, Algorithm>,
+    /// Clusters that run at once, by their blocks: among so many sums are shared. Cards of one name may have room for different ones.
+    /// Not in the file of choices, which is of no one card.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    clusters: BTreeMap<usize, usize>,
 }
 
 /// What sessions of this process have chosen, by what it was made with.
@@ -48,6 +52,7 @@ impl Tuning {
     /// A given table for others is left aside.
     pub fn new(made_with: String, kernels: String, given: Option<&str>) -> Self {
         let mut products = kept(&made_with);
+        let mut clusters = BTreeMap::new();
         let chosen = CHOSEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(known) = chosen.as_ref().and_then(|chosen| chosen.get(&made_with)) {
             products.extend(known.clone());
@@ -57,8 +62,9 @@ impl Tuning {
             && given.made_with == made_with
         {
             products.extend(given.products);
+            clusters = given.clusters;
         }
-        Self { table: Table { made_with, kernels, products }, used: BTreeSet::new(), fresh: false }
+        Self { table: Table { made_with, kernels, products, clusters }, used: BTreeSet::new(), fresh: false }
     }
 
     pub fn get(&mut self, shape: &str) -> Option<Algorithm> {
@@ -67,6 +73,11 @@ impl Tuning {
             self.used.insert(shape.to_string());
         }
         found
+    }
+
+    /// Clusters of so many blocks: as many as the given table says, or as are found.
+    pub fn clusters(&mut self, blocks: usize, find: impl FnOnce() -> usize) -> usize {
+        *self.table.clusters.entry(blocks).or_insert_with(find)
     }
 
     pub fn insert(&mut self, shape: String, algorithm: Algorithm) {
@@ -97,7 +108,12 @@ impl Tuning {
         for (shape, algorithm) in &self.table.products {
             products.entry(shape.clone()).or_insert(*algorithm);
         }
-        let table = Table { made_with: self.table.made_with.clone(), kernels: String::new(), products };
+        let table = Table {
+            made_with: self.table.made_with.clone(),
+            kernels: String::new(),
+            products,
+            clusters: BTreeMap::new(),
+        };
         let written = path(&table.made_with).map(|path| {
             let text = serde_json::to_vec(&table).map_err(std::io::Error::other)?;
             write_checked(&path, &text)

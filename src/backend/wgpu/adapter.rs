@@ -403,6 +403,7 @@ pub fn target(options: &Options) -> Result<Target, EngineError> {
         logits_bytes: largest.min(if software { 64 << 20 } else { 512 << 20 }),
         mlp_tokens: usize::MAX,
         gated_rank: 0,
+        norms: None,
     })
 }
 

@@ -42,6 +42,7 @@ fn card(portable: bool) -> (Facts, Target) {
         logits_bytes: binding.min(512 << 20),
         mlp_tokens: usize::MAX,
         gated_rank: 0,
+        norms: None,
     };
     (facts, target)
 }

@@ -64,7 +64,8 @@ impl Lowering<'_> {
             let mut arguments = arguments![output, log_sum_exp, map, starts, tokens as i32, section];
             arguments.extend(sums);
             let grid = self.persistent(tokens.div_ceil(128) * shape.heads);
-            let shared = 1280 * d + 20480;
+            let of_branch = branch.map_or(0, |lora| 4 * lora.middle.width.next_multiple_of(16) * (2 * d + 16));
+            let shared = 1280 * d + 20480 + of_branch;
             self.launch_variant(&variant, "attention_forward_hopper", grid, 384, shared, arguments)?;
         } else {
             let [warps, row_tiles, block_n] = forward_tiles(d);
@@ -105,10 +106,14 @@ impl Lowering<'_> {
 
         let tiles = BackwardTiles::of(d, self.card.shared_bytes);
         let portable = backward_variant(shape, tiles, room);
-        let lanes = (d / 8).next_power_of_two().max(8);
-        let grid = [(tokens * shape.heads).div_ceil(256 / lanes), 1, 1];
-        let arguments = arguments![delta, grad_output_at, output, count];
-        self.launch_variant(&portable, "attention_delta", grid, 256, 0, arguments)?;
+        if let Some(reader) = self.reader.take() {
+            self.delta_with_branch(op, &reader)?;
+        } else {
+            let lanes = (d / 8).next_power_of_two().max(8);
+            let grid = [(tokens * shape.heads).div_ceil(256 / lanes), 1, 1];
+            let arguments = arguments![delta, grad_output_at, output, count];
+            self.launch_variant(&portable, "attention_delta", grid, 256, 0, arguments)?;
+        }
 
         if hopper(self.card, shape) {
             let hopper = hopper_variant("BACKWARD", shape, room);

@@ -4,7 +4,7 @@
 
 use super::Lowering;
 use super::elementwise::is_gelu;
-use super::lora::{Branch, even, only_branch};
+use super::lora::{Branch, Sums, even, only_branch};
 use super::tiling::{GATED_RANKS, TILE, Tiling, compiled_rank, strip_tiles};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
@@ -44,17 +44,17 @@ pub(super) struct Gated {
     reader: Option<Reader>,
 }
 
-/// The branch that read a gated product: `grad_a += grad_middleᵀ · product`.
+/// The branch that read a gated product, or what attention gave (`delta.rs`): `grad_a += grad_middleᵀ · product`.
 #[derive(Clone, Copy)]
 pub(super) struct Reader {
     /// `[T, r]`
-    grad_middle: Matrix,
+    pub(super) grad_middle: Matrix,
     /// f32 `[r, K]`
-    grad_a: Matrix,
+    pub(super) grad_a: Matrix,
 }
 
 impl Reader {
-    fn rank(&self) -> usize {
+    pub(super) fn rank(&self) -> usize {
         self.grad_middle.columns
     }
 }
@@ -212,7 +212,7 @@ impl Lowering<'_> {
                 None => Ok(false),
             };
         };
-        self.output_sums(&branches, &tiling, Some(&gated))?;
+        self.output_sums(&branches, &Sums::Gated(&tiling, &gated))?;
         self.summed = Some(*grad_gate_up);
         Ok(true)
     }
@@ -235,15 +235,7 @@ impl Lowering<'_> {
         let pass = if reader.is_some() { Pass::BackwardReader } else { Pass::Backward };
         let Some(file) = branches(op, next).and_then(|rank| variant(*activation, rank, pass)) else { return Ok(None) };
         self.expect("glu_backward", &[*grad_output, *gate_up, *grad_gate_up], DType::BF16)?;
-        let below = grad_input.and_then(|_| self.room_below(projections));
-        let beside = below.is_some();
-        let middles = match below {
-            Some(below) => below.middles(projections),
-            None => {
-                let loras = projections.iter().filter_map(|projection| projection.lora.as_ref());
-                loras.map(|lora| self.columns(lora.grad_middle)).collect()
-            }
-        };
+        let (middles, beside) = self.grad_middles(*grad_input, projections);
         let branches = self.branches(projections, &middles)?;
         let gated = Gated { grad_output: self.matrix(*grad_output), gate_up: self.matrix(*gate_up), file, reader };
         let Gated { grad_output, gate_up, .. } = gated;
@@ -303,8 +295,6 @@ impl Lowering<'_> {
         let kind = if tiling.lean { "lean".to_string() } else { tiling.tiles.to_string() };
         let entry = format!("lora_glu_backward_reader_{kind}");
         self.launch_variant(file, &entry, grid, THREADS, shared, given)?;
-        let quads = rank * grad_output.columns / 4;
-        let given = arguments![partial, blocks as i32, reader.grad_a.pointer, quads as i64];
-        self.launch_variant(file, "lora_glu_finish_a", [quads.div_ceil(256), 1, 1], 256, 0, given)
+        self.add_up(blocks, &[(partial, &[reader.grad_a])], tiling.rank)
     }
 }

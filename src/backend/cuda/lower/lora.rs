@@ -4,7 +4,8 @@
 use super::Lowering;
 use super::gated::Gated;
 use super::linear::{Pair, forward_product, join, side_by_side_groups, stacked};
-use super::tiling::{RANKS, Tiling, compiled_rank};
+use super::rotated::Rotated;
+use super::tiling::{RANKS, Slices, Tiling, compiled_rank, partial_bytes};
 use crate::backend::EngineError;
 use crate::backend::cuda::command::arguments;
 use crate::backend::cuda::compile::Variant;
@@ -13,7 +14,10 @@ use crate::program::spare::{branch_columns, gradient_ranks};
 use crate::program::{BufferId, Columns, DType, Lora, LoraBackward, Op, Projection, ProjectionBackward};
 
 /// Projections that a kernel of `lora.cu` takes at once.
-const MOST_PARTS: usize = 4;
+pub(super) const MOST_PARTS: usize = 4;
+
+/// Gradients that `lora_add_up` takes at once: of `a` of the branches that read a norm, and of `b` of that below.
+const MOST_SUMS: usize = MOST_PARTS + 1;
 
 /// The factors of a product that gives the gradient of an input, branches included.
 pub(super) struct Below {
@@ -61,11 +65,78 @@ impl Branch {
         self.b.columns
     }
 
+    pub(super) fn grad_b(&self) -> Matrix {
+        self.grad_b
+    }
+
+    /// As `lora_norm.cu` takes it, with the place of its partial sums.
+    pub(super) fn below_norm(&self, partial: u64) -> Vec<u64> {
+        vec![
+            self.b.pointer,
+            self.middle.pointer,
+            self.grad_middle.pointer,
+            partial,
+            self.scale,
+            self.middle.stride as u64,
+            self.grad_middle.stride as u64,
+            self.rank() as u64,
+        ]
+    }
+
+    /// Columns and rank.
+    pub(super) fn size(&self) -> (usize, usize) {
+        (self.grad_output.columns, self.rank())
+    }
+
     /// Whether rows of all matrices are read 16 bytes at a time.
     pub(super) fn is_even(&self) -> bool {
         let sizes = [self.rank(), self.grad_output.columns];
         sizes.iter().all(|size| size.is_multiple_of(8))
             && [self.grad_output, self.b, self.middle, self.grad_middle, self.grad_b].into_iter().all(even)
+    }
+}
+
+/// What makes both sums over gradients of outputs, and how it shares the work.
+pub(super) enum Sums<'a> {
+    /// A pass of their own.
+    Alone(&'a Tiling),
+    /// That which makes the gradients of gate and up.
+    Gated(&'a Tiling, &'a Gated),
+    /// That which turns those of queries and keys.
+    Rotated(&'a Slices, &'a Rotated),
+}
+
+impl Sums<'_> {
+    /// Ranks that kernels are compiled for.
+    fn rank(&self) -> usize {
+        match self {
+            Self::Alone(tiling) | Self::Gated(tiling, _) => tiling.rank,
+            Self::Rotated(slices, _) => slices.slice.rank,
+        }
+    }
+
+    /// Tokens of a launch.
+    fn tokens(&self) -> usize {
+        match self {
+            Self::Alone(tiling) | Self::Gated(tiling, _) => tiling.tokens,
+            Self::Rotated(slices, _) => slices.tokens,
+        }
+    }
+
+    /// Strips of so many columns, and the column tiles of each where there are such.
+    fn strips(&self, columns: usize) -> (usize, usize) {
+        match self {
+            Self::Alone(tiling) | Self::Gated(tiling, _) => (tiling.strips(columns), tiling.strip_tiles),
+            Self::Rotated(slices, _) => (slices.slice.strips(columns), 0),
+        }
+    }
+
+    /// Blocks that share so many tokens.
+    fn blocks(&self, tokens: usize) -> usize {
+        match self {
+            Self::Alone(tiling) | Self::Gated(tiling, _) => tiling.token_blocks(tokens),
+            Self::Rotated(slices, _) => slices.groups(tokens),
+        }
     }
 }
 
@@ -262,7 +333,7 @@ impl Lowering<'_> {
         let Below { grad_output, a, weight, rank } = below;
         let loras: Vec<&LoraBackward> = projections.iter().filter_map(|p| p.lora.as_ref()).collect();
         self.branch_sums(projections, &middles)?;
-        if self.reader.is_none() {
+        if self.reader.is_none() && self.above.is_none() {
             self.weight_gradients(x, loras.iter().map(|lora| self.matrix(lora.grad_a)).zip(middles).collect())?;
         }
         let product = |right: Matrix, output: Matrix| Product {
@@ -277,7 +348,7 @@ impl Lowering<'_> {
         let rows = grad_output.columns;
         if let Some(weight) = weight {
             let longer = Matrix { rows: rows + a.rows, ..weight };
-            self.place_below(rank, a, longer.slice_rows(rows, a.rows))?;
+            self.copy_rows(a, longer.slice_rows(rows, a.rows), rank)?;
             return self.product(product(longer, grad_input));
         }
         for (first, count) in self.unpacked_columns(longer.columns, grad_input.columns)? {
@@ -289,17 +360,23 @@ impl Lowering<'_> {
                 self.unpack(projection.weight, (0, own), (first, count), (to, count))?;
                 start += own;
             }
-            self.place_below(rank, a.slice_columns(first, count), block.slice_rows(rows, a.rows))?;
+            self.copy_rows(a.slice_columns(first, count), block.slice_rows(rows, a.rows), rank)?;
             self.product(product(block, grad_input.slice_columns(first, count)))?;
         }
         Ok(())
     }
 
-    fn place_below(&mut self, rank: usize, a: Matrix, to: Matrix) -> Result<(), EngineError> {
-        let arguments =
-            arguments![a.pointer, a.stride as i64, to.pointer, to.stride as i64, a.rows as i32, a.columns as i32];
-        let grid = [(a.rows * a.columns / 8).div_ceil(256), 1, 1];
-        self.launch_variant(&variant(rank), "lora_below", grid, 256, 0, arguments)
+    /// Where the gradients of the branches' middles lie, and whether that is beside the gradient of the output.
+    pub(super) fn grad_middles(
+        &self,
+        grad_input: Option<BufferId>,
+        projections: &[ProjectionBackward],
+    ) -> (Vec<Matrix>, bool) {
+        if let Some(below) = grad_input.and_then(|_| self.room_below(projections)) {
+            return (below.middles(projections), true);
+        }
+        let loras = projections.iter().filter_map(|projection| projection.lora.as_ref());
+        (loras.map(|lora| self.columns(lora.grad_middle)).collect(), false)
     }
 
     /// The branches' sides of the backward pass, with the gradients of their middles in these places.
@@ -327,16 +404,19 @@ impl Lowering<'_> {
 
     /// `middles = scale · grad_output · b` and the gradients of b, where they did not come with the gradient of the output.
     fn branch_sums(&mut self, projections: &[ProjectionBackward], middles: &[Matrix]) -> Result<(), EngineError> {
-        if projections.first().is_some_and(|projection| self.summed == Some(projection.grad_output.buffer)) {
+        let summed = |projection: &ProjectionBackward| {
+            [self.summed, self.summed_below].contains(&Some(projection.grad_output.buffer))
+        };
+        if projections.first().is_some_and(summed) {
             return Ok(());
         }
         let branches = self.branches(projections, middles)?;
         for branches in branches.chunks(MOST_PARTS) {
-            let sizes: Vec<_> = branches.iter().map(|branch| (branch.grad_output.columns, branch.rank())).collect();
+            let sizes: Vec<_> = branches.iter().map(Branch::size).collect();
             let rows = branches[0].grad_output.rows;
             let tiling = branches.iter().all(Branch::is_even).then(|| Tiling::new(rows, &sizes, &self.room()));
             match tiling.flatten() {
-                Some(tiling) => self.output_sums(branches, &tiling, None)?,
+                Some(tiling) => self.output_sums(branches, &Sums::Alone(&tiling))?,
                 None => self.output_products(branches)?,
             }
         }
@@ -345,21 +425,18 @@ impl Lowering<'_> {
 
     /// `grad_middle = scale · grad_output · b` and `grad_b += scale · grad_outputᵀ · middle` from one pass over the gradient of
     /// the output, or from the kernel that makes it; partial sums lie in the library's scratch.
-    pub(super) fn output_sums(
-        &mut self,
-        branches: &[Branch],
-        tiling: &Tiling,
-        gated: Option<&Gated>,
-    ) -> Result<(), EngineError> {
+    pub(super) fn output_sums(&mut self, branches: &[Branch], sums: &Sums) -> Result<(), EngineError> {
         let Some(rows) = branches.first().map(|branch| branch.grad_output.rows) else { return Ok(()) };
-        let variant = variant(tiling.rank);
-        for first in (0..rows).step_by(tiling.tokens) {
-            let tokens = tiling.tokens.min(rows - first);
+        let variant = variant(sums.rank());
+        for first in (0..rows).step_by(sums.tokens()) {
+            let tokens = sums.tokens().min(rows - first);
+            let blocks = sums.blocks(tokens);
             let mut next = self.products.workspace().0;
             let (mut table, mut strips, mut pieces) = (Vec::new(), 0, 0);
             for branch in branches {
                 let columns = branch.grad_output.columns;
-                let (of_middle, bytes) = tiling.partial_bytes(columns, branch.rank(), tokens);
+                let (own_strips, strip_tiles) = sums.strips(columns);
+                let (of_middle, bytes) = partial_bytes(own_strips, blocks, (columns, branch.rank()), tokens);
                 let from = |matrix: Matrix| matrix.slice_rows(first, tokens).pointer;
                 table.extend([
                     from(branch.grad_output),
@@ -374,18 +451,20 @@ impl Lowering<'_> {
                     branch.middle.stride as u64,
                     branch.grad_middle.stride as u64,
                     words(columns, branch.rank()),
-                    words(tiling.strips(columns), tiling.strip_tiles),
+                    words(own_strips, strip_tiles),
                 ]);
                 next += bytes.next_multiple_of(256) as u64;
-                strips += tiling.strips(columns);
+                strips += own_strips;
                 pieces = pieces.max(((tokens + columns) * branch.rank() / 4).div_ceil(256));
             }
             table.resize(13 * MOST_PARTS, 0);
             let table = table.into_boxed_slice();
-            let blocks = tiling.token_blocks(tokens);
-            match gated {
-                Some(gated) => self.gated_sums(gated, tiling, table.clone(), next, (first, tokens))?,
-                None => {
+            match sums {
+                Sums::Gated(tiling, gated) => self.gated_sums(gated, tiling, table.clone(), next, (first, tokens))?,
+                Sums::Rotated(slices, rotated) => {
+                    self.rotated_sums(rotated, slices, table.clone(), strips, (first, tokens))?;
+                }
+                Sums::Alone(tiling) => {
                     let (entry, given) =
                         (format!("lora_backward_{}", tiling.tiles), arguments![table.clone(), tokens as i32]);
                     let shared = Tiling::shared_bytes(tiling.rank, tiling.tiles);
@@ -396,6 +475,41 @@ impl Lowering<'_> {
             self.launch_variant(&variant, "lora_finish", [pieces, branches.len(), 1], 256, 0, given)?;
         }
         Ok(())
+    }
+
+    /// `to += Σ partial` for lists of matrices, those of a list below each other in each of `count` partial sums from an address
+    /// on. `rank`: what kernels are compiled for, or less.
+    pub(super) fn add_up(&mut self, count: usize, lists: &[(u64, &[Matrix])], rank: usize) -> Result<(), EngineError> {
+        let quads = |matrix: &Matrix| matrix.rows * matrix.columns / 4;
+        let (mut table, mut most) = (Vec::new(), 0);
+        for &(partial, matrices) in lists {
+            let apart: usize = matrices.iter().map(quads).sum();
+            let mut from = partial;
+            for matrix in matrices {
+                table.extend([from, matrix.pointer, apart as u64, quads(matrix) as u64]);
+                from += 16 * quads(matrix) as u64;
+                most = quads(matrix).max(most);
+            }
+        }
+        let gradients = table.len() / 4;
+        debug_assert!(gradients <= MOST_SUMS, "{gradients} gradients");
+        table.resize(4 * MOST_SUMS, 0);
+        let given = arguments![table.into_boxed_slice(), count as i32];
+        self.launch_variant(&variant(rank), "lora_add_up", [most.div_ceil(256), gradients, 1], 256, 0, given)
+    }
+
+    /// Rows of a matrix to another place. `rank`: what kernels are compiled for, or less.
+    pub(super) fn copy_rows(&mut self, from: Matrix, to: Matrix, rank: usize) -> Result<(), EngineError> {
+        let given = arguments![
+            from.pointer,
+            from.stride as i64,
+            to.pointer,
+            to.stride as i64,
+            from.rows as i32,
+            from.columns as i32,
+        ];
+        let grid = [(from.rows * from.columns / 8).div_ceil(256), 1, 1];
+        self.launch_variant(&variant(rank), "lora_rows", grid, 256, 0, given)
     }
 
     /// The same as products of the library's, each of which passes over the gradient of the output.
@@ -445,6 +559,12 @@ pub(super) fn even(matrix: Matrix) -> bool {
     matrix.pointer.is_multiple_of(16) && matrix.stride.is_multiple_of(8)
 }
 
+/// Whether some bytes of the rows of one lie among those of the other.
+pub(super) fn overlap(one: Matrix, other: Matrix) -> bool {
+    let end = |matrix: Matrix| matrix.pointer + (matrix.rows * matrix.stride) as u64 * matrix.element_bytes();
+    one.pointer < end(other) && other.pointer < end(one)
+}
+
 /// The branch without dropout of a linear operation on `activation`, where it has no projection but one.
 pub(super) fn only_branch(activation: BufferId, op: &Op) -> Option<&Lora> {
     let Op::Linear { input, projections } = op else { return None };
@@ -473,6 +593,6 @@ pub(in crate::backend::cuda) fn files(op: &Op) -> Vec<Variant> {
 }
 
 /// Two integers of a kernel's struct in one word.
-fn words(low: usize, high: usize) -> u64 {
+pub(super) fn words(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
 }

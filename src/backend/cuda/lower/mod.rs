@@ -4,6 +4,7 @@
 //! a program is then a walk over a list, or the replay of a graph made from it.
 
 pub(super) mod attention;
+pub(super) mod delta;
 mod dropout;
 mod elementwise;
 mod fp8;
@@ -11,10 +12,13 @@ pub(super) mod gated;
 mod head;
 mod linear;
 pub(super) mod lora;
+pub(super) mod norm;
 mod optimizer;
 mod quantized;
+pub(super) mod rotated;
 mod tiling;
 
+pub(super) use norm::{has_clusters, limits as norm_limits};
 pub(super) use tiling::gated_rank;
 
 use std::collections::HashMap;
@@ -28,8 +32,9 @@ use super::memory::Memory;
 use super::product::{Matrix, Product, Products};
 use super::tables::Tables;
 use crate::backend::EngineError;
-use crate::program::{BufferId, Columns, DType, Op, Program, Workload};
+use crate::program::{BufferId, Columns, DType, Op, Program, ProjectionBackward, Workload};
 use gated::Reader;
+use norm::{Above, Clusters};
 use tiling::Room;
 
 pub(super) struct Lowering<'a> {
@@ -41,12 +46,17 @@ pub(super) struct Lowering<'a> {
     pub tables: &'a Tables,
     /// Tables that launches point to; they live as long as the session.
     pub kept: &'a mut Vec<DeviceMemory>,
+    clusters: Clusters,
     commands: Vec<Command>,
     mark: Option<Rc<Event>>,
-    /// The activations over which LoRA branches' sums came with the operation before.
+    /// The activations over which LoRA branches' sums came with the operation before: until the next is lowered.
     summed: Option<BufferId>,
-    /// The branch whose gradient comes with that of the gated product which it read.
+    /// The branch whose gradient comes with that of the gated product which it read, or of attention.
     reader: Option<Reader>,
+    /// The branches whose gradients of `a` come with that of the norm which they read.
+    above: Option<Above>,
+    /// The gradient over which the sums of the branch below came with it: until the operation that takes it is lowered.
+    summed_below: Option<BufferId>,
     /// Copies on their way, by the buffer in the host's memory.
     copying: HashMap<BufferId, Rc<Event>>,
 }
@@ -69,12 +79,20 @@ impl<'a> Lowering<'a> {
             products,
             tables,
             kept,
+            clusters: Clusters::default(),
             commands: Vec::new(),
             mark: None,
             summed: None,
             reader: None,
+            above: None,
+            summed_below: None,
             copying: HashMap::new(),
         }
+    }
+
+    /// For a card on which so many clusters run at once.
+    pub fn with_clusters(self, clusters: Clusters) -> Self {
+        Self { clusters, ..self }
     }
 
     /// The launches of the first operation of these; what later ones can have from the same kernel is among them, and what
@@ -84,14 +102,24 @@ impl<'a> Lowering<'a> {
     /// When the operation has a shape or type that no kernel here takes.
     pub fn lower(&mut self, program: &Program, at: usize) -> Result<Vec<Command>, EngineError> {
         let (op, next) = (&program.steps[at].op, program.steps.get(at + 1).map(|next| &next.op));
-        if self.is_left_out(program, at)? {
+        if self.is_left_out(program, at)? || self.norm_is_left_out(program, at)? {
             self.summed = None;
-        } else if !self.gated_with_branches(op, next)? && !self.attention_with_branch(op, next)? {
+        } else if !self.gated_with_branches(op, next)?
+            && !self.attention_with_branch(op, next)?
+            && !self.rotated_with_branches(op, next)?
+            && !self.norm_with_branches(op, next)?
+            && !self.norm_backward_with_sums(program, at)?
+        {
             if matches!(op, Op::LinearBackward { .. }) {
-                self.reader = self.reader(program, at)?;
+                self.reader = self.reader(program, at)?.or_else(|| self.attention_reader(op, next));
+                self.above = self.above(program, at)?;
             }
             self.lower_alone(op)?;
             self.summed = None;
+            let takes = |projection: &ProjectionBackward| self.summed_below == Some(projection.grad_output.buffer);
+            if matches!(op, Op::LinearBackward { projections, .. } if projections.iter().any(takes)) {
+                self.summed_below = None;
+            }
         }
         Ok(std::mem::take(&mut self.commands))
     }
@@ -182,8 +210,11 @@ impl<'a> Lowering<'a> {
     /// The end of a program.
     ///
     /// # Errors
-    /// When a copy was started that nothing waits for: the workload is wrong.
+    /// When a copy was started that nothing waits for, or a sum left to an operation that does not come: the workload is wrong.
     pub fn end(&self, program: &str) -> Result<(), EngineError> {
+        if self.reader.is_some() || self.above.is_some() || self.summed_below.is_some() {
+            return Err(failed(format!("{program} leaves sums for LoRA branches to an operation that does not come")));
+        }
         match self.copying.keys().next() {
             Some(id) => Err(failed(format!("{program} does not wait for {}", self.workload.buffer(*id).name))),
             None => Ok(()),

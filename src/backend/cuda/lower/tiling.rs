@@ -1,4 +1,7 @@
-//! How the kernels that sum over activations for LoRA branches share their work (`kernels/lora.cu`, `kernels/lora_glu.cu`).
+//! How the kernels that sum over activations for LoRA branches share their work (`kernels/lora.cu`, `kernels/lora_glu.cu`, and
+//! those that pass over rows, `kernels/lora_rows.cuh`).
+
+use crate::backend::cuda::compile::Variant;
 
 /// Ranks that `lora.cu` is compiled for.
 pub(super) const RANKS: [usize; 3] = [16, 32, 64];
@@ -102,7 +105,8 @@ impl Tiling {
 
     /// Bytes of all partial sums of a launch.
     fn workspace(&self, sizes: &[(usize, usize)]) -> usize {
-        let bytes = |&(columns, rank): &(usize, usize)| self.partial_bytes(columns, rank, self.tokens).1;
+        let blocks = self.token_blocks(self.tokens);
+        let bytes = |&size: &(usize, usize)| partial_bytes(self.strips(size.0), blocks, size, self.tokens).1;
         sizes.iter().map(|size| bytes(size).next_multiple_of(256)).sum()
     }
 
@@ -131,11 +135,161 @@ impl Tiling {
     pub fn strips(&self, columns: usize) -> usize {
         columns.div_ceil(TILE).div_ceil(self.strip_tiles)
     }
+}
 
-    /// Bytes of a projection's partial sums: of its middle's gradient, and of all.
-    pub fn partial_bytes(&self, columns: usize, rank: usize, tokens: usize) -> (usize, usize) {
-        let middle = 4 * self.strips(columns) * tokens * rank;
-        (middle, middle + 4 * self.token_blocks(tokens) * columns * rank)
+/// Bytes of a projection's partial sums of both kinds: those of its middle's gradient, and all.
+pub(super) fn partial_bytes(
+    strips: usize,
+    blocks: usize,
+    (columns, rank): (usize, usize),
+    tokens: usize,
+) -> (usize, usize) {
+    let middle = 4 * strips * tokens * rank;
+    (middle, middle + 4 * blocks * columns * rank)
+}
+
+/// How a block of the kernels that build on `lora_rows.cuh` works down rows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Tile {
+    pub rows: usize,
+    pub warps: usize,
+}
+
+impl Tile {
+    /// Of a block that has a multiprocessor to itself: all registers are for its sums.
+    pub const WHOLE: Self = Self { rows: 32, warps: 16 };
+    /// Of one of two: one multiplies while the other waits.
+    pub const HALF: Self = Self { rows: 16, warps: 8 };
+
+    /// Blocks of a multiprocessor.
+    pub fn blocks(self) -> usize {
+        Self::WHOLE.warps / self.warps
+    }
+
+    pub fn threads(self) -> u32 {
+        32 * self.warps as u32
+    }
+
+    /// Into how many shares of columns the warps divide a tile.
+    pub fn shares(self) -> usize {
+        self.warps / (self.rows / 16)
+    }
+
+    pub fn defines(self) -> [(&'static str, usize); 2] {
+        [("TILE_ROWS", self.rows), ("BLOCK_WARPS", self.warps)]
+    }
+}
+
+/// The widest of their slices.
+pub(super) const WIDEST: usize = 512;
+
+/// The widest of branches whose ranks take twice the registers.
+const WIDEST_OF_LARGE_RANKS: usize = 384;
+
+/// Columns of whole heads that a block of theirs takes, and what it is compiled for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slice {
+    pub head_dim: usize,
+    pub width: usize,
+    /// The largest of the branches' ranks or more.
+    pub rank: usize,
+    pub tile: Tile,
+}
+
+impl Slice {
+    /// The widest of `lora_rope.cu` that a block has shared memory for; none where it does not take the heads or the rank.
+    pub fn of_rope(head_dim: usize, rank: usize, shared: usize) -> Option<Self> {
+        let most = if rank > GATED_RANKS[0] { WIDEST_OF_LARGE_RANKS } else { WIDEST };
+        let fits = |slice: &Self| slice.width <= most && slice.rope_shared_bytes() * slice.tile.blocks() <= shared;
+        Self::widest(head_dim, rank, Tile::HALF, fits)
+    }
+
+    /// The widest of `lora_delta.cu`, likewise.
+    pub fn of_delta(head_dim: usize, rank: usize, shared: usize) -> Option<Self> {
+        Self::widest(head_dim, rank, Tile::WHOLE, |slice| head_dim <= 256 && slice.tiles_bytes() <= shared)
+    }
+
+    fn widest(head_dim: usize, rank: usize, tile: Tile, fits: impl Fn(&Self) -> bool) -> Option<Self> {
+        let rank = compiled_rank(&GATED_RANKS, rank)?;
+        let most = if head_dim.is_multiple_of(16) { WIDEST.checked_div(head_dim)? } else { 0 };
+        (1..=most).rev().map(|heads| Self { head_dim, width: heads * head_dim, rank, tile }).find(fits)
+    }
+
+    /// Two tiles, and thin rows beside each.
+    pub fn tiles_bytes(self) -> usize {
+        2 * self.tile.rows * ((2 * self.width + 16) + (2 * self.rank + 16))
+    }
+
+    /// Beside tiles, sums of rows by shares, and cosines and sines.
+    pub fn rope_shared_bytes(self) -> usize {
+        self.tiles_bytes() + 4 * self.tile.rows * (self.tile.shares() * self.rank + self.head_dim)
+    }
+
+    pub fn strips(self, columns: usize) -> usize {
+        columns.div_ceil(self.width)
+    }
+
+    pub fn variant(self, file: &'static str) -> Variant {
+        let defines = [("HEAD_DIM", self.head_dim), ("WIDTH", self.width), ("RANK", self.rank)];
+        let defines = defines.into_iter().chain(self.tile.defines());
+        Variant { file, defines: defines.map(|(name, value)| (name, value.to_string())).collect() }
+    }
+}
+
+/// How such a kernel works through an operation: in blocks that all run at once.
+#[derive(Debug)]
+pub(super) struct Slices {
+    pub slice: Slice,
+    /// Tokens of a launch.
+    pub tokens: usize,
+    /// Blocks that share the rows of a slice.
+    groups: usize,
+}
+
+impl Slices {
+    /// For both sums over so many rows of projections with these (columns, rank); none of few rows, or where partial sums are
+    /// more bytes than the pass that they save even from one group.
+    pub fn both(slice: Slice, rows: usize, sizes: &[(usize, usize)], room: &Room) -> Option<Self> {
+        Self::within(slice, rows, sizes, room, |&(columns, rank), tokens| 4 * slice.strips(columns) * tokens * rank)
+    }
+
+    /// For the gradient of `a` alone, of so many (columns, rank), in one launch.
+    pub fn one(slice: Slice, rows: usize, size: (usize, usize), room: &Room) -> Option<Self> {
+        Self::within(slice, rows, &[size], room, |_, _| 0).filter(|slices| slices.tokens == rows)
+    }
+
+    /// As many tokens a launch as have room for their partial sums; `of_rows`: bytes of those that each row has.
+    fn within(
+        slice: Slice,
+        rows: usize,
+        sizes: &[(usize, usize)],
+        room: &Room,
+        of_rows: impl Fn(&(usize, usize), usize) -> usize,
+    ) -> Option<Self> {
+        let strips: usize = sizes.iter().map(|&(columns, _)| slice.strips(columns)).sum();
+        let of_group: usize = sizes.iter().map(|(columns, rank)| 4 * columns * rank).sum();
+        let mut tokens = rows;
+        // Blocks of fewer would be mostly empty.
+        while tokens >= TILE {
+            let pass: usize = sizes.iter().map(|(columns, _)| 2 * tokens * columns).sum();
+            let of_rows: usize = sizes.iter().map(|size| of_rows(size, tokens).next_multiple_of(256)).sum();
+            let worth = pass.saturating_sub(of_rows) / of_group;
+            let blocks = room.multiprocessors * slice.tile.blocks();
+            let groups = (blocks / strips).clamp(1, tokens.div_ceil(slice.tile.rows)).min(worth);
+            if groups == 0 {
+                return None;
+            }
+            if of_rows + groups * of_group + 256 * sizes.len() <= room.workspace {
+                return Some(Self { slice, tokens, groups });
+            }
+            tokens = tokens.div_ceil(2).next_multiple_of(slice.tile.rows);
+        }
+        None
+    }
+
+    /// Groups of rows of a launch over so many tokens.
+    pub fn groups(&self, tokens: usize) -> usize {
+        self.groups.min(tokens.div_ceil(self.slice.tile.rows))
     }
 }
 
@@ -200,6 +354,49 @@ mod tests {
             Tiling::new(128, &[(512, 128)], &Room { multiprocessors: 132, shared: 227 << 10, workspace: WORKSPACE })
                 .is_none()
         );
+    }
+
+    #[test]
+    fn slices_are_whole_heads_and_fit_every_card() {
+        let cards = [(132, 227 << 10), (28, 99 << 10), (108, 163 << 10)];
+        for head_dim in (16..=256).step_by(16) {
+            for (rank, (multiprocessors, shared)) in
+                [8, 16, 24, 32].into_iter().flat_map(|rank| cards.map(|card| (rank, card)))
+            {
+                let slice = Slice::of_delta(head_dim, rank, shared).expect("a slice");
+                assert!(slice.width.is_multiple_of(head_dim) && slice.tiles_bytes() <= shared);
+                let Some(slice) = Slice::of_rope(head_dim, rank, shared) else {
+                    assert!(head_dim == 256 && rank > 16 && shared < 100 << 10, "heads of {head_dim}, rank {rank}");
+                    continue;
+                };
+                assert!(slice.width.is_multiple_of(head_dim) && slice.rank >= rank);
+                assert!(2 * slice.rope_shared_bytes() <= shared);
+                let room = Room { multiprocessors, shared, workspace: WORKSPACE };
+                for (heads, rows) in
+                    [4, 32].into_iter().flat_map(|heads| [128, 130, 4096, 78_475].map(|rows| (heads, rows)))
+                {
+                    let sizes = [(heads * head_dim, rank), (2 * head_dim, rank), (2 * head_dim, rank)];
+                    let one = Slices::one(slice, rows, sizes[0], &room).expect("it takes one of any");
+                    assert!(4 * one.groups(rows) * sizes[0].0 * rank <= (2 * rows * sizes[0].0).min(WORKSPACE));
+                    let Some(slices) = Slices::both(slice, rows, &sizes, &room) else {
+                        assert!(2 * head_dim <= 64 || rows < 4096, "{rows} rows of {sizes:?}");
+                        continue;
+                    };
+                    let groups = slices.groups(slices.tokens);
+                    let strips: usize = sizes.iter().map(|size| slice.strips(size.0)).sum();
+                    assert!(groups == 1 || strips * groups <= 2 * multiprocessors);
+                    assert!(slices.tokens >= rows || slices.tokens.is_multiple_of(slice.tile.rows));
+                    let bytes =
+                        |&size: &(usize, usize)| partial_bytes(slice.strips(size.0), groups, size, slices.tokens).1;
+                    let bytes: usize = sizes.iter().map(|size| bytes(size).next_multiple_of(256)).sum();
+                    assert!(bytes <= WORKSPACE);
+                }
+            }
+        }
+        assert_eq!(Slice::of_rope(128, 16, 227 << 10).map(|slice| slice.width), Some(512));
+        assert_eq!(Slice::of_rope(128, 16, 99 << 10).map(|slice| slice.width), Some(384));
+        assert_eq!(Slice::of_delta(128, 16, 99 << 10).map(|slice| slice.width), Some(512));
+        assert!(Slice::of_rope(72, 16, 227 << 10).is_none() && Slice::of_rope(64, 64, 227 << 10).is_none());
     }
 
     #[test]
