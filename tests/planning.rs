@@ -311,6 +311,29 @@ fn activations_are_kept_only_where_something_reads_them() {
     assert!(kept(qlora(32), &rtx) > kept(qlora(32), &keeps_norms) + product / 2);
 }
 
+/// What engines do without is counted as such: per layer a gated product and both norms, but for the first layer's first, whose
+/// gradient nothing needs; what layers run again is needed for more, and so are norms that many ranks or few tokens read.
+#[test]
+fn products_and_norms_are_done_without_where_gradients_come_with_others() {
+    let (config, h100) = (config("llama-3.2-1b"), card("H100"));
+    let without = |method: Method, tokens: usize, recompute: Recompute, target: &Target| {
+        let mut options = options(method);
+        (options.sizes, options.recompute) = (vec![tokens], vec![recompute; config.layers]);
+        let plan = plan(training_workload(&config, &options, target).expect("a workload"), target.clone());
+        let workload = plan.expect("a plan").workload;
+        let program = &workload.programs[workload.program(&format!("micro.{tokens}")).expect("a micro-batch")];
+        (0..program.steps.len()).filter(|&at| program.does_without(&workload, at, target)).count()
+    };
+    let layers = config.layers;
+    for recompute in [Recompute::None, Recompute::Cheap] {
+        assert_eq!(without(lora(), 8192, recompute, &h100), 3 * layers - 1, "{recompute:?}");
+        assert_eq!(without(qlora(32), 8192, recompute, &h100), layers, "{recompute:?}");
+        assert_eq!(without(lora(), 2048, recompute, &h100), layers, "{recompute:?}");
+        assert_eq!(without(lora(), 8192, recompute, &card("RTX 4090")), layers, "{recompute:?}");
+    }
+    assert_eq!(without(lora(), 8192, Recompute::All, &h100), layers);
+}
+
 /// Moves go from cheap to dear: nothing is given up while there is room, and the embedding leaves the card first.
 #[test]
 fn plans_give_up_no_more_than_they_must() {

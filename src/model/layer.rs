@@ -354,7 +354,10 @@ impl Graph<'_> {
         let (mut mlp, recompute) = (std::mem::take(&mut saved.mlp), saved.recompute);
         // Norms that are not kept: made where the engine turns out not to do without them.
         let [norm1_again, norm2_again] = match recompute {
-            Recompute::None => self.drops.norms(self.rows(saved.norm1.output)).map(|drops| drops && need_input),
+            Recompute::None => {
+                let [norm1, norm2] = self.drops.norms(self.rows(saved.norm1.output));
+                [norm1 && need_input, norm2]
+            }
             Recompute::Cheap => [true; 2],
             _ => [false; 2],
         };

@@ -559,9 +559,11 @@ pub(super) fn even(matrix: Matrix) -> bool {
     matrix.pointer.is_multiple_of(16) && matrix.stride.is_multiple_of(8)
 }
 
-/// Whether some bytes of the rows of one lie among those of the other.
+/// Whether the bytes from the first to the last of one lie among those of the other.
 pub(super) fn overlap(one: Matrix, other: Matrix) -> bool {
-    let end = |matrix: Matrix| matrix.pointer + (matrix.rows * matrix.stride) as u64 * matrix.element_bytes();
+    // The last row ends with its columns: what comes after it is another's.
+    let elements = |matrix: Matrix| matrix.rows.saturating_sub(1) * matrix.stride + matrix.columns;
+    let end = |matrix: Matrix| matrix.pointer + elements(matrix) as u64 * matrix.element_bytes();
     one.pointer < end(other) && other.pointer < end(one)
 }
 
@@ -595,4 +597,19 @@ pub(in crate::backend::cuda) fn files(op: &Op) -> Vec<Variant> {
 /// Two integers of a kernel's struct in one word.
 pub(super) fn words(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_at_the_end_of_rows_do_not_reach_beyond_the_last() {
+        let rows = Matrix { stride: 96, ..Matrix::new(4096, DType::BF16, 10, 32) };
+        let beside = Matrix { columns: 64, ..rows.slice_columns(32, 0) };
+        let after = Matrix::new(4096 + 10 * 96 * 2, DType::F32, 10, 4);
+        assert!(overlap(rows, beside), "they share rows");
+        assert!(!overlap(beside, after) && !overlap(after, beside));
+        assert!(overlap(after, Matrix::new(after.pointer + 156, DType::BF16, 1, 8)));
+    }
 }
