@@ -60,7 +60,7 @@ fn four_and_eight_bits_are_those_of_bitsandbytes() {
 #[test]
 fn wide_gated_products_agree_with_their_twins() {
     let Some(target) = card() else { return };
-    twin::check_cases(twin::cases::wide_gated_branches(&target), &target, &open, "");
+    twin::check_cases(twin::branches::wide_gated_branches(&target), &target, &open, "");
 }
 
 /// Where its readers' gradients come with others, and are all that it would be made again for, it is not; elsewhere it is.

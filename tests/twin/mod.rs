@@ -7,6 +7,7 @@
 #![allow(dead_code)]
 
 pub mod bitsandbytes;
+pub mod branches;
 pub mod cases;
 pub mod ops;
 pub mod quantized;
