@@ -35,6 +35,12 @@ pub struct Case {
 }
 
 impl Case {
+    /// # Panics
+    /// When the target has no plan for it.
+    pub fn plan(&self, target: &Target) -> Plan {
+        plan(self.workload.clone(), target.clone()).expect("a plan")
+    }
+
     pub fn ops(&self) -> impl Iterator<Item = &Op> {
         self.workload.programs[0].steps.iter().map(|step| &step.op)
     }
@@ -90,8 +96,7 @@ pub fn check_losses_that_are_no_number(target: &Target, open: Opener) {
 /// Without such a case.
 pub fn session<S>(cases: &[Case], target: &Target, open: impl Fn(Plan, Arc<dyn WeightSource>) -> S, name: &str) -> S {
     let case = cases.iter().find(|case| case.name.starts_with(name)).expect("a case of that name");
-    let plan = plan(case.workload.clone(), target.clone()).expect("a plan");
-    open(plan, Arc::new(Checkpoint::new(case)))
+    open(case.plan(target), Arc::new(Checkpoint::new(case)))
 }
 
 /// What is wrong with the engine's results, one line a buffer.

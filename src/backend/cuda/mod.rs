@@ -26,7 +26,7 @@ pub use doctor::{Fix, doctor, fix};
 pub use driver::CardFacts;
 pub use known::{KNOWN_CARDS, KnownCard, NoCard};
 pub use lower::attention::{backward_sizes, forward_sizes};
-pub use session::{CudaSession, TimedLaunch};
+pub use session::{CudaSession, TimedLaunch, compile_ahead};
 pub use target::target;
 
 use std::path::PathBuf;

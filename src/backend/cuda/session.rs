@@ -75,20 +75,7 @@ impl CudaSession {
         let card = Card::open(ordinal)?;
         passed("card open");
         let mut kernels = Kernels::new(&card)?;
-        let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
-        let mut used: Vec<Variant> = used_files(&plan, &files).into_iter().map(Variant::from).collect();
-        for (before, op, next) in plan.workload.programs.iter().flat_map(with_neighbours) {
-            let of_attention = attention::files(&card, &plan, op, next).into_iter();
-            let wanted = of_attention.chain(lora::files(op)).chain(gated::file(&plan.workload, before, op, next));
-            let wanted = wanted.chain(rotated::file(card.shared_bytes, op, next));
-            let wanted = wanted.chain(delta::file(&plan.workload, card.shared_bytes, op, next));
-            let new = wanted.filter(|variant| !used.contains(variant));
-            used.extend(new.collect::<Vec<_>>());
-        }
-        for program in &plan.workload.programs {
-            let new = norm::files(&card, &plan.workload, program).into_iter().filter(|variant| !used.contains(variant));
-            used.extend(new.collect::<Vec<_>>());
-        }
+        let used = variants(&card, &plan);
         // Weights are brought with these; the rest is compiled meanwhile.
         let (early, late): (Vec<_>, Vec<_>) = used.into_iter().partition(|variant| LOADING.contains(&variant.file));
         kernels.prepare(&early)?;
@@ -204,6 +191,41 @@ impl CudaSession {
     pub fn card_memory(&self) -> Result<(u64, u64), EngineError> {
         self.card.memory()
     }
+}
+
+/// Compiles what sessions on these plans need, on all cores at once, into the cache of kernels: each opens sooner then.
+///
+/// # Errors
+/// When there is no such card, or a kernel does not compile.
+pub fn compile_ahead<'a>(ordinal: usize, plans: impl IntoIterator<Item = &'a Plan>) -> Result<(), EngineError> {
+    let card = Card::open(ordinal)?;
+    let mut used: Vec<Variant> = Vec::new();
+    for plan in plans {
+        let new: Vec<Variant> = variants(&card, plan).into_iter().filter(|variant| !used.contains(variant)).collect();
+        used.extend(new);
+    }
+    Kernels::new(&card)?.prepare(&used)
+}
+
+/// Kernel files that a plan most likely needs on a card.
+fn variants(card: &Card, plan: &Plan) -> Vec<Variant> {
+    let files: Vec<&'static str> = super::compile::SOURCES.iter().map(|source| source.name).collect();
+    let mut used: Vec<Variant> = used_files(plan, &files).into_iter().map(Variant::from).collect();
+    let mut add = |wanted: Vec<Variant>| {
+        let new: Vec<Variant> = wanted.into_iter().filter(|variant| !used.contains(variant)).collect();
+        used.extend(new);
+    };
+    for program in &plan.workload.programs {
+        for (before, op, next) in with_neighbours(program) {
+            add(attention::files(card, plan, op, next));
+            add(lora::files(op));
+            add(gated::file(&plan.workload, before, op, next).into_iter().collect());
+            add(rotated::file(card.shared_bytes, op, next).into_iter().collect());
+            add(delta::file(&plan.workload, card.shared_bytes, op, next).into_iter().collect());
+        }
+        add(norm::files(card, &plan.workload, program));
+    }
+    used
 }
 
 /// A program's operations, each with those before and after it.
