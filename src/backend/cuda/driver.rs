@@ -228,8 +228,8 @@ impl Card {
         })
     }
 
-    /// Clusters of so many blocks that run at once where a block has a multiprocessor to itself, by any kernel; none where the
-    /// driver does not say.
+    /// Clusters of so many blocks that run at once where a block has a multiprocessor to itself, by any kernel: 0 where a part of a card
+    /// has no room for one, none where the driver does not say.
     pub fn clusters(&self, kernel: sys::CUfunction, blocks: usize) -> Option<usize> {
         let shared_bytes = self.shared_bytes * 3 / 4;
         let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -256,7 +256,7 @@ impl Card {
         let mut clusters = 0;
         // SAFETY: all that is pointed to outlives the call.
         unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut clusters, kernel, &raw const config) }.result().ok()?;
-        usize::try_from(clusters).ok().filter(|&clusters| clusters > 0)
+        usize::try_from(clusters).ok()
     }
 
     /// Free and total bytes.

@@ -268,6 +268,7 @@ impl Lowering<'_> {
             && all.iter().all(|&matrix| even(matrix) && matrix.dtype == DType::BF16)
             && loras.iter().all(|lora| self.matrix(lora.a).stride == to.columns)
             && others.iter().chain([&from]).all(|matrix| matrix.stride == to.columns)
+            && self.clusters[slicing.slices] > 0
             && slicing.fits(slicing.forward_bytes(), self.card.shared_bytes);
         let Some(weight_type) = self.norm_weight(*weight).filter(|_| takes) else { return Ok(false) };
         // The next operation's buffers may lie over what this one reads.
@@ -378,6 +379,7 @@ impl Lowering<'_> {
             && 2 * result.rows * result.columns >= LIMITS.least_bytes
             && partial <= passes * 2 * result.rows * result.columns
             && partial + copied + 256 <= self.products.workspace().1 as usize
+            && self.clusters[slicing.slices] > 0
             && slicing.fits(slicing.backward_bytes(), self.card.shared_bytes);
         Ok(takes.then_some(Summed { slicing, above, aside, below }))
     }
