@@ -7,7 +7,8 @@
 //
 // Grid: (slices, groups of rows), at most a group for every ROWS tokens; dynamic shared memory
 //   2 (TILE_BYTES + ROWS thin_stride(RANK)) bytes.
-// Macros: HEAD_DIM, a multiple of 16 up to 256, of which WIDTH is one, and RANK (16 or 32, the rank or more).
+// Macros: those of lora_rows.cuh, HEAD_DIM, a multiple of 16 up to 256, of which WIDTH is one, and RANK (16 or 32, the rank or
+// more).
 
 extern __shared__ __align__(128) u8 shared[];
 

@@ -8,7 +8,7 @@
 //
 // Grid: (slices of all projections, groups of rows), at most a group for every ROWS tokens; dynamic shared memory
 //   2 (TILE_BYTES + ROWS thin_stride(RANK)) + 4 ROWS (SHARES RANK + HEAD_DIM) bytes.
-// Macros: HEAD_DIM, a multiple of 16, of which WIDTH is one, and RANK (16 or 32, the largest rank or more).
+// Macros: those of lora_rows.cuh, HEAD_DIM, a multiple of 16, of which WIDTH is one, and RANK (16 or 32, the largest rank or more).
 
 extern __shared__ __align__(128) u8 shared[];
 

@@ -352,7 +352,7 @@ impl Graph<'_> {
     ) -> Option<BufferId> {
         let name = format!("layers.{layer}");
         let (mut mlp, recompute) = (std::mem::take(&mut saved.mlp), saved.recompute);
-        // Norms that are not kept: made where the engine turns out not to do without them.
+        // Norms, and below the gated product, that are not kept: made where the engine turns out not to do without them.
         let [norm1_again, norm2_again] = match recompute {
             Recompute::None => {
                 let [norm1, norm2] = self.drops.norms(self.rows(saved.norm1.output));
