@@ -4,7 +4,7 @@
 #                              into .gpu/
 #   bash tests/gpu.sh          there: runs them, with .gpu/ carried along; prints "N passed, N failed"
 # TUNE_CASES limits the operations to cases whose name contains it. SANITIZE="memcheck racecheck" runs them under the tools
-# of compute-sanitizer too: all in one run, or a run for each word of SANITIZE_CASES; a run has SANITIZE_LIMIT seconds (200).
+# of compute-sanitizer too: all in one run, or a run for each word of SANITIZE_CASES, at once; a run has SANITIZE_LIMIT seconds (200).
 # OLDER="8.0 8.9": compute capabilities as whose cards attention and MLPs are tried too, with as little shared memory as those
 # have.
 # CROWDED="cuda wgpu": engines that are run beside a process that takes the card's memory (cuda).
@@ -65,43 +65,55 @@ passed=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$log" | awk '{ 
 failed=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$log" | awk '{ n += $1 } END { print n + 0 }')
 # A run that died has no result line.
 grep -q '^test result: ' "$log" || failed=$((failed + 1))
-for older in ${OLDER-8.0 8.9}; do
-    for cases in attention mlp; do
-        tests=every_operation
-        [ $cases = mlp ] && tests="$tests made_again products_that"
-        # shellcheck disable=SC2086 # several tests
-        TUNE_CASES=$cases TUNE_CUDA_CAPABILITY=$older .gpu/cuda $tests --nocapture >"$log.older" 2>&1
-        code=$?
-        # A filter that no test's name matches runs none.
-        if [ $code = 0 ] && grep -q agree "$log.older"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
-        echo "$cases as on a card of compute capability $older: $(grep -E 'agree|off by|panicked' "$log.older" | tail -3)"
-    done
-done
+# What follows runs at once: most of its time is the compiler's or the sanitizer's, on one core each.
+older() { # CAPABILITY CASES
+    local tests=every_operation code
+    [ "$2" = mlp ] && tests="$tests made_again products_that"
+    # shellcheck disable=SC2086 # several tests
+    TUNE_CASES=$2 TUNE_CUDA_CAPABILITY=$1 .gpu/cuda $tests --nocapture >"$log.$1.$2" 2>&1
+    code=$?
+    echo "$2 as on a card of compute capability $1: $(grep -E 'agree|off by|panicked' "$log.$1.$2" | tail -3)"
+    # A filter that no test's name matches runs none.
+    [ $code = 0 ] && grep -q agree "$log.$1.$2"
+}
 sanitize() { # TOOL CASES
-    local begun=$SECONDS code ours
+    local begun=$SECONDS code ours said
     # Apart from what the test says, which would come between a line's words.
-    rm -f "$log.$1"
-    TUNE_CASES="$2" timeout "${SANITIZE_LIMIT:-200}" "$sanitizer" --log-file "$log.$1" --tool "$1" --error-exitcode 9 \
-        .gpu/cuda every_operation --nocapture >"$log.$1.test" 2>&1
+    said="$log.$1.$(tr -c 'a-zA-Z0-9\n' _ <<<"$2")"
+    TUNE_CASES="$2" timeout "${SANITIZE_LIMIT:-200}" "$sanitizer" --log-file "$said" --tool "$1" --error-exitcode 9 \
+        .gpu/cuda every_operation --nocapture >"$said.test" 2>&1
     code=$?
     # What racecheck cannot follow: the library's own kernels, which it reports too.
     if [ $code = 9 ] && [ "$1" = racecheck ]; then
-        ours=$(grep 'Race reported' "$log.$1" | grep -vc ' at nvjet_')
+        ours=$(grep 'Race reported' "$said" | grep -vc ' at nvjet_')
         echo "racecheck: $ours hazards in our kernels, the others in cuBLASLt's"
-        [ "$ours" = 0 ] && grep -q 'RACECHECK SUMMARY' "$log.$1" && code=0
+        [ "$ours" = 0 ] && grep -q 'RACECHECK SUMMARY' "$said" && code=0
     fi
-    if [ $code = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
-    echo "$1 of ${2:-all}: ended with $code after $((SECONDS - begun)) s; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log.$1" | tail -1)"
-    grep -E 'Invalid|Error: |Race reported|=========     at' "$log.$1" | sort | uniq -c | sort -rn | head -12
+    echo "$1 of ${2:-all}: ended with $code after $((SECONDS - begun)) s; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$said" | tail -1); $(grep agree "$said.test" | tail -1)"
+    grep -E 'Invalid|Error: |Race reported|=========     at' "$said" | sort | uniq -c | sort -rn | head -12
+    [ $code = 0 ]
 }
+jobs=()
+at_once() { # FUNCTION ARGUMENT...
+    local number=${#jobs[@]}
+    "$@" >"$log.job.$number" &
+    jobs+=($!)
+}
+for older in ${OLDER-8.0 8.9}; do
+    for cases in attention mlp; do at_once older "$older" "$cases"; done
+done
 for tool in ${SANITIZE:-}; do
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
     if [ -z "$sanitizer" ]; then
         echo "left out: $tool, for compute-sanitizer is not on this machine"
         continue
     fi
-    if [ -z "${SANITIZE_CASES:-}" ]; then sanitize "$tool" ""; fi
-    for cases in ${SANITIZE_CASES:-}; do sanitize "$tool" "$cases"; done
+    if [ -z "${SANITIZE_CASES:-}" ]; then at_once sanitize "$tool" ""; fi
+    for cases in ${SANITIZE_CASES:-}; do at_once sanitize "$tool" "$cases"; done
+done
+for number in "${!jobs[@]}"; do
+    if wait "${jobs[$number]}"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    cat "$log.job.$number"
 done
 # A run through the command line, killed with kill -9 and resumed without the file of tuned products while another process
 # holds most of the card's memory, gives the bits of one that went through.
