@@ -3,7 +3,7 @@
 
 Compiles kernels/ with NVRTC for the card present and compares outputs, log-sum-exp and gradients with a float64
 reference on awkward shapes, twice (bits must repeat); then times forward and backward against PyTorch's SDPA.
-Needs PyTorch with CUDA and libnvrtc; no toolkit. Launch shapes are those of src/backend/cuda/attention.rs.
+Needs PyTorch with CUDA and libnvrtc; no toolkit. Launch shapes are those of src/backend/cuda/lower/attention.rs.
 """
 
 import ctypes
@@ -253,6 +253,9 @@ def main():
             name,
         )
 
+    # What a LoRA branch's middle is made of: none here.
+    no_branch = (ctypes.c_void_p(), ctypes.c_int64(), ctypes.c_void_p())
+
     def tensor_map(tensor, rows):
         """A map of a bf16 matrix in boxes of 64 columns with the 128-byte swizzle."""
         raw = ctypes.create_string_buffer(128 + 64)
@@ -305,9 +308,9 @@ def main():
         def forward(self, make):
             s, t = self.shape, self.tokens
             if make is forward_hopper:
-                launch(make, s, "attention_forward_hopper", t, self.output, self.lse, self.maps[0], self.start, t, section(s, t))
+                launch(make, s, "attention_forward_hopper", t, self.output, self.lse, self.maps[0], self.start, t, section(s, t), *no_branch)
             else:
-                launch(make, s, "attention_forward", t, self.output, self.lse, self.qkv, self.start, t)
+                launch(make, s, "attention_forward", t, self.output, self.lse, self.qkv, self.start, t, *no_branch)
 
         def delta_kernel(self):
             launch(backward_portable, self.shape, "attention_delta", self.tokens, self.delta, self.grad_output, self.output, self.tokens)

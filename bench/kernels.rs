@@ -93,7 +93,11 @@ fn case(ceilings: &Ceilings, method: Method, eight_bit: bool) -> anyhow::Result<
         let times = session.profile(program, 5)?;
         let timed = session.profile_launches(program, 5)?;
         let workload = &session.plan().workload;
-        for (step, milliseconds) in workload.programs[program].steps.iter().zip(times) {
+        let listed = &workload.programs[program];
+        for (at, (step, milliseconds)) in listed.steps.iter().zip(times).enumerate() {
+            if listed.does_without(workload, at, &session.plan().target) {
+                continue;
+            }
             let place: Vec<&str> = step.name.split('.').filter(|part| part.parse::<usize>().is_err()).collect();
             let row = operations.entry(format!("{:<21} {}", step.op.name(), place.join("."))).or_default();
             row.count += 1;
