@@ -146,7 +146,9 @@ pub fn fix() -> Result<Fix, String> {
         // Of its own: pip leaves a second package out where one has the same folder.
         let name = package.split('<').next().unwrap_or(package);
         let folder = own.join(name).display().to_string();
-        start.iter().copied().chain(["--target", &folder, package]).map(str::to_owned).collect()
+        // cuBLAS asks for NVRTC too, which would come twice: it uses the one that is loaded.
+        let what = ["--target", &folder, package, "--no-deps"];
+        start.iter().copied().chain(what).map(str::to_owned).collect()
     });
     let commands = commands.collect();
     let megabytes: u32 = missing.iter().map(|library| library.megabytes(driver)).sum();
