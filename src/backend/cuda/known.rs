@@ -181,9 +181,9 @@ impl KnownCard {
     }
 }
 
-/// Lower-case words of a name; a number and the unit after it are one.
+/// Lower-case words of a name; a number and the unit after it are one, `rtx4090` is two.
 fn words(name: &str) -> Vec<String> {
-    let lower = name.to_lowercase();
+    let lower = name.to_lowercase().replace("rtx", " rtx ");
     let mut words: Vec<String> = Vec::new();
     for word in lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()) {
         let number = words.last_mut().filter(|last| last.chars().all(|c| c.is_ascii_digit()));
@@ -239,6 +239,7 @@ mod tests {
             ("RTX 4060 Ti 16 GB", "RTX 4060 Ti 16GB"),
             ("rtx 4090", "RTX 4090"),
             ("4090", "RTX 4090"),
+            ("RTX4090", "RTX 4090"),
             ("RTX 3080 12GB", "RTX 3080 12GB"),
             ("RTX 3080 10GB", "RTX 3080"),
             ("RTX 4070 Ti SUPER", "RTX 4070 Ti Super"),
